@@ -1,0 +1,255 @@
+r"""A memory is a choice on each of four axes: this file composes them.
+
+    m_t = argmin over m in M of  Σ_{i≤t} γ_i^(t) loss(v_i − m(k_i)),      y_t = m_t(q_t)
+
+The weights γ, the regressor class M, the optimizer that (nearly) solves the regression, and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ttr._choices import (
+    Choice,
+    Decay,
+    Exact,
+    FeatureMap,
+    GradientDescent,
+    Hebbian,
+    Identity,
+    Implicit,
+    Kernel,
+    Linear,
+    LocalPolynomial,
+    Loss,
+    Optimizer,
+    Regressor,
+    SquaredError,
+    Uniform,
+    Weights,
+    Window,
+)
+from ttr._references import bibtex
+
+FRAMEWORK = "wang2025testtime"
+
+STREAMING = (Hebbian, GradientDescent)
+
+
+class Clash(NamedTuple):
+    """Two axes whose choices cannot stand together, and why."""
+
+    axes: tuple[str, str]
+    when: Callable[[Design], bool]
+    why: str
+
+
+class Publication(NamedTuple):
+    """The name under which a design was published."""
+
+    slug: str
+    name: str
+    year: int
+    cite: str
+
+
+# The published designs by their structure; `ttr._atlas` writes the rows.
+PUBLISHED: dict[tuple[Any, ...], Publication] = {}
+
+
+@dataclass(frozen=True)
+class Design:
+    """A point of the design space: one choice on each axis.
+
+    Raises `ValueError` for a choice on the wrong axis, or two choices that clash.
+    """
+
+    weights: Weights = Uniform()
+    regressor: Regressor = Linear()
+    optimizer: Optimizer = Hebbian()
+    loss: Loss = SquaredError()
+
+    def __post_init__(self) -> None:
+        for axis, kind in AXES.items():
+            choice = getattr(self, axis)
+            if not isinstance(choice, kind):
+                raise ValueError(f"{axis}: expected a {kind.__name__}, got {choice!r}")
+        for clash in CLASHES:
+            if clash.when(self):
+                one, other = (f"{axis}={getattr(self, axis)}" for axis in clash.axes)
+                raise ValueError(f"{one} clashes with {other}: {clash.why}")
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The choices, in the order of the axes."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """The design without its numbers: what it shares with its published name."""
+        return tuple(choice.structure for choice in self.choices)
+
+    @property
+    def publication(self) -> Publication | None:
+        """Where this point of the design space was published; None where it was not."""
+        return PUBLISHED.get(self.structure)
+
+    @property
+    def name(self) -> str | None:
+        """The published name; None where nobody has published it."""
+        return self.publication.name if self.publication else None
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The feature map of a linear regressor; the identity for the others."""
+        return self.regressor.feature_map if isinstance(self.regressor, Linear) else Identity()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Name and axes of every tensor that `ttr.regress` needs beside q, k and v.
+
+        `key` is the number of features where the feature map changes it.
+        """
+        ridge = self.regressor.ridge if isinstance(self.optimizer, Exact) else None
+        return self.weights.inputs | self.optimizer.inputs | ({"ridge": ridge} if ridge else {})
+
+    def update_rule(self) -> str:
+        """How the memory is written and read at step t, in LaTeX (an `aligned` block)."""
+        return r"\begin{aligned}" + r" \\ ".join(_update_rule(self)) + r"\end{aligned}"
+
+    def cites(self) -> tuple[str, ...]:
+        """Keys of the works behind this design, the framework first."""
+        published = (self.publication.cite,) if self.publication else ()
+        chosen = tuple(key for choice in (*self.choices, self.feature_map) for key in choice.cites)
+        return tuple(dict.fromkeys((FRAMEWORK, *published, *chosen)))
+
+    def citation(self) -> str:
+        """BibTeX of every work behind these choices."""
+        return bibtex(self.cites())
+
+    def __str__(self) -> str:
+        return f"Design({', '.join(f'{axis}={getattr(self, axis)}' for axis in AXES)})"
+
+
+AXES: dict[str, type[Choice]] = {
+    "weights": Weights,
+    "regressor": Regressor,
+    "optimizer": Optimizer,
+    "loss": Loss,
+}
+
+
+def _weighs_by(design: Design, kind: type[Weights]) -> bool:
+    return any(isinstance(factor, kind) for factor in design.weights.factors)
+
+
+CLASHES = (
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: isinstance(d.optimizer, STREAMING) and _weighs_by(d, Kernel),
+        "kernel weights change with the query, but this optimizer keeps one memory for all queries; use Exact()",
+    ),
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: isinstance(d.optimizer, GradientDescent) and _weighs_by(d, Window),
+        "each step sees the newest pair only, so no pair can leave a window; use Decay(), Hebbian() or Exact()",
+    ),
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: (
+            isinstance(d.optimizer, Exact)
+            and any(isinstance(factor, Decay) and factor.per == "channel" for factor in d.weights.factors)
+        ),
+        "a weight that differs by channel weighs no pair's squared error; use Decay(per='head')",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and not isinstance(d.optimizer, Exact),
+        "a local polynomial is fitted afresh for every query; use Exact()",
+    ),
+    Clash(
+        ("weights", "regressor"),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and not _weighs_by(d, Kernel),
+        "nothing makes the polynomial local; multiply the weights by a Kernel()",
+    ),
+    Clash(
+        ("optimizer", "loss"),
+        lambda d: not isinstance(d.optimizer, GradientDescent) and not isinstance(d.loss, SquaredError),
+        "this optimizer is derived from the squared error; use GradientDescent()",
+    ),
+    Clash(
+        ("optimizer", "loss"),
+        lambda d: (
+            isinstance(d.optimizer, GradientDescent)
+            and isinstance(d.optimizer.gain, Implicit)
+            and not isinstance(d.loss, SquaredError)
+        ),
+        "the implicit step has this closed form for the squared error only; use LMS() or NLMS()",
+    ),
+    Clash(
+        ("optimizer", "optimizer"),
+        lambda d: isinstance(d.optimizer, GradientDescent) and d.optimizer.momentum and d.optimizer.steps > 1,
+        "momentum over several steps a token has no agreed meaning; use steps=1",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: (
+            isinstance(d.optimizer, Hebbian) and d.optimizer.normalize and not d.feature_map.positive
+        ),
+        "normalising divides by sums of φ(q)ᵀφ(k), which this feature map does not keep positive; use EluPlusOne()",
+    ),
+)
+
+
+def _update_rule(design: Design) -> list[str]:
+    weights, optimizer = design.weights, design.optimizer
+    plain = isinstance(design.feature_map, Identity)
+    key, query = ("k_t", "q_t") if plain else (r"\phi(k_t)", r"\phi(q_t)")
+    past_key = "k_i" if plain else r"\phi(k_i)"
+    read = rf"y_t &= S_t^\top {query}"
+    where = [] if plain else [rf"\phi(x) &= {design.feature_map.formula}"]
+    if isinstance(design.regressor, LocalPolynomial):
+        return _local_rule(design.regressor.degree, weights)
+    if isinstance(optimizer, Exact):
+        ridge = r"\textstyle\prod_{j\le t}\alpha_j \Lambda" if optimizer.ridge_decays and weights.old else r"\Lambda"
+        fit = rf"\Bigl(\sum_{{i\le t}} \gamma_i {past_key} {past_key}^\top + {ridge}\Bigr)^{{-1}} \sum_{{i\le t}} \gamma_i {past_key} v_i^\top"
+        return [f"S_t &= {fit}", rf"\gamma_i &= {weights.formula}", read, *where]
+    if isinstance(optimizer, Hebbian):
+        if optimizer.normalize:
+            read += rf" \big/ z_t^\top {query}"
+            where.insert(0, rf"z_t &= {weights.old}z_{{t-1}} + {weights.new}{key}")
+        if not weights.recursive:
+            return [rf"S_t &= \sum_{{i\le t}} \gamma_i {past_key} v_i^\top", rf"\gamma_i &= {weights.formula}", read, *where]
+        return [rf"S_t &= {weights.old}S_{{t-1}} + {weights.new}{key} v_t^\top", read, *where]
+
+    assert isinstance(optimizer, GradientDescent)
+    gain = optimizer.gain.formula.replace("k_t", key).replace("k_i", past_key)
+    before = r"\bar S_t" if weights.old else "S_{t-1}"
+    if optimizer.steps > 1:
+        key, gain, before, value = (x.replace("_t", "_{t,j}") for x in (key, gain, "S", "v_t"))
+        loop = [rf"S &\leftarrow {weights.old}S_{{t-1}}"]
+        target = r"S &\leftarrow S +"
+        gain_name, last = "g_{t,j}", [rf"S_t &= S \text{{ after }} j = 1, \dots, {optimizer.steps}"]
+    else:
+        loop = [rf"\bar S_t &= {weights.old}S_{{t-1}}"] if weights.old else []
+        target, value, gain_name, last = rf"S_t &= {before} +", "v_t", "g_t", []
+    error = design.loss.influence % rf"\bigl({value} - {before}^\top {key}\bigr)"
+    step = rf"{weights.new}{gain_name} {error}^\top"
+    if optimizer.momentum:
+        steps = [rf"M_t &= \eta_t M_{{t-1}} + {step}", rf"S_t &= {before} + M_t"]
+    else:
+        steps = [f"{target} {step}"]
+    return [*loop, *steps, rf"{gain_name} &= {gain}", *last, read, *where]
+
+
+def _local_rule(degree: int, weights: Weights) -> list[str]:
+    normalised = rf"w_i &\propto {weights.formula}"
+    if degree == 0:
+        return [r"y_t &= \sum_{i\le t} w_i v_i", normalised]
+    if degree == 1:
+        slope = r"\operatorname{Cov}_w(v, k)\,(\operatorname{Cov}_w(k, k) + \lambda I)^{-1}(q_t - \mathbb E_w k)"
+        return [rf"y_t &= \mathbb E_w v + {slope}", normalised]
+    fit = r"\sum_{i\le t} w_i \lVert v_i - c - B \psi(k_i - q_t)\rVert^2 + \lambda\lVert B\rVert^2"
+    return [rf"y_t &= \arg\min_c \min_B {fit}", r"\psi(x) &= [x,\, \operatorname{vech}(x x^\top)]", normalised]

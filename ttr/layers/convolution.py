@@ -1,0 +1,34 @@
+"""The short causal convolution that lets a key, query or value see the tokens just before it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    r"""A causal filter a channel, then SiLU.
+
+    .. math:: y_{t} = \operatorname{SiLU}\Bigl(\sum_{j=0}^{w-1} c_j \odot x_{t-j}\Bigr)
+
+    Poli et al.'s shift memories and the test-time regression paper's keys made of neighbouring tokens both need it:
+    binding a value to the token before it takes one step back. Fu et al. (2022), Wang et al. (2025), section 5.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width: expected at least 1, got {width}")
+        self.width = width
+        self.filter = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch time channels"], past: Float[Tensor, "batch before channels"] | None = None
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch before channels"]]:
+        """The filtered sequence, and the last width − 1 inputs, with which a next call goes on."""
+        if past is None:
+            past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
+        extended = torch.cat([past, x], dim=1)
+        filtered = self.filter(extended.mT).mT
+        return nn.functional.silu(filtered), extended[:, x.shape[1] :]

@@ -1,0 +1,134 @@
+"""One layer class for every memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize, silu
+
+from ttr._atlas import atlas
+from ttr._choices import GradientDescent, Identity, Kernel
+from ttr._design import Design
+from ttr._regress import regress
+from ttr._state import State
+from ttr.layers.convolution import ShortConvolution
+from ttr.layers.inputs import input_modules
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a layer remembers between tokens: the memory, and the convolutions' last inputs by "q", "k", "v"."""
+
+    state: State = field(default_factory=State)
+    past: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RegressionLayer(nn.Module):
+    r"""Tokens to queries, keys and values; a memory between them; its answers back to tokens.
+
+    .. math:: q, k = \text{unit}(c(W_q x)), \text{unit}(c(W_k x)), \quad v = c(W_v x), \quad
+        o = W_o \bigl(\text{RMSNorm}(\text{regress}(q, k, v, \dots)) \odot \text{SiLU}(W_g x)\bigr)
+
+    The layer makes a projection for exactly the inputs that the design declares, so a design that nobody has named
+    trains as any other. Where the memory compares q and k by more than their product (kernel weights, a feature map),
+    unit queries and keys are scaled by a learned temperature a head.
+
+    Args:
+        design: a `ttr.Design`, or the slug of a published one.
+        d_model: size of a token.
+        num_heads: memories side by side.
+        key_dim: size of a key in each head; d_model // num_heads by default.
+        value_dim: size of a value in each head; d_model // num_heads by default.
+        conv_width: taps of the short convolutions c.
+        conv_on: which of "q", "k" and "v" have one, as "qkv" or "k"; "" for none.
+        max_step_size: what β reaches; 2 admits negative eigenvalues, and with them parity. Grazzi et al. (2024).
+        gate: whether the answers are gated by SiLU(W_g x).
+
+    Raises:
+        ValueError: for an unknown slug, or sizes that are not positive or do not divide.
+    """
+
+    def __init__(
+        self,
+        design: Design | str,
+        d_model: int,
+        num_heads: int = 4,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        conv_width: int = 4,
+        conv_on: str = "qkv",
+        max_step_size: float = 1.0,
+        gate: bool = False,
+    ):
+        super().__init__()
+        self.design = atlas[design] if isinstance(design, str) else design
+        if num_heads < 1 or (d_model % num_heads and None in (key_dim, value_dim)):
+            raise ValueError(f"num_heads: expected a divisor of d_model={d_model}, got {num_heads}")
+        if not set(conv_on) <= set("qkv"):
+            raise ValueError(f'conv_on: expected letters of "qkv", got {conv_on!r}')
+        if not 0 < max_step_size <= 2:
+            raise ValueError(f"max_step_size: expected a number in (0, 2], got {max_step_size}")
+        key_dim = key_dim or d_model // num_heads
+        value_dim = value_dim or d_model // num_heads
+        self.max_step_size = max_step_size
+
+        optimizer = self.design.optimizer
+        steps = optimizer.steps if isinstance(optimizer, GradientDescent) else 1
+        pairs = (steps,) if steps > 1 else ()
+        self.shapes = {
+            "q": (num_heads, key_dim),
+            "k": (*pairs, num_heads, key_dim),
+            "v": (*pairs, num_heads, value_dim),
+        }
+        widths = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        self.projections = nn.ModuleDict({n: nn.Linear(d_model, width, bias=False) for n, width in widths.items()})
+        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in "qkv" if n in conv_on})
+        sizes = {"heads": num_heads, "key": self.design.feature_map.size(key_dim), "steps": steps}
+        self.inputs = input_modules(self.design, d_model, sizes)
+        compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
+        needs_temperature = compares or self.design.feature_map != Identity()
+        log_temperature = torch.full((num_heads, 1), key_dim**0.5).log()
+        self.log_temperature = nn.Parameter(log_temperature) if needs_temperature else None
+        self.norm = nn.RMSNorm(value_dim, eps=1e-5)
+        self.gate = nn.Linear(d_model, num_heads * value_dim, bias=False) if gate else None
+        self.output = nn.Linear(num_heads * value_dim, d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time d_model"]:
+        """The layer on a whole sequence."""
+        return self.extend(x)[0]
+
+    def step(
+        self, x: Float[Tensor, "batch d_model"], cache: Cache | None = None
+    ) -> tuple[Float[Tensor, "batch d_model"], Cache]:
+        """The layer on one more token; the numbers are those of `forward`."""
+        y, cache = self.extend(x.unsqueeze(1), cache)
+        return y.squeeze(1), cache
+
+    def extend(
+        self, x: Float[Tensor, "batch time d_model"], cache: Cache | None = None
+    ) -> tuple[Float[Tensor, "batch time d_model"], Cache]:
+        """The layer on a stretch that goes on from a cache, and the cache after it."""
+        cache = cache or Cache()
+        past: dict[str, Tensor] = {}
+        projected = {}
+        for name, projection in self.projections.items():
+            z = projection(x)
+            if name in self.convolutions:
+                z, past[name] = self.convolutions[name](z, cache.past.get(name))
+            projected[name] = z.unflatten(-1, self.shapes[name])
+        q, k = (normalize(projected[name], dim=-1) for name in "qk")
+        if self.log_temperature is not None:
+            scale = (self.log_temperature / 2).exp()
+            q, k = scale * q, scale * k
+        inputs = {name: module(x) for name, module in self.inputs.items()}
+        if "step_size" in inputs:
+            inputs["step_size"] = self.max_step_size * inputs["step_size"]
+        y, state = regress(self.design, q, k, projected["v"], state=cache.state, **inputs)
+        y = self.norm(y).flatten(2)
+        if self.gate is not None:
+            y = y * silu(self.gate(x))
+        return self.output(y), Cache(state, past)

@@ -1,0 +1,83 @@
+"""Checks every op makes of its arguments, so that a mistake is named where it is made."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_shapes(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Hold each `name=(tensor, "axes")` to its axes; the first tensor that has an axis fixes its size.
+
+    A `None` tensor is passed over. All tensors must be floating point, of one dtype (float32 states beside
+    half-precision sequences are welcome) and on one device. Returns the axis sizes. Raises `ValueError`.
+    """
+    sizes: dict[str, int] = {}
+    first: tuple[str, Tensor] | None = None
+    for name, (tensor, axes) in arguments.items():
+        if tensor is None:
+            continue
+        names = axes.split()
+        expected = f"({', '.join(f'{axis}={sizes[axis]}' if axis in sizes else axis for axis in names)})"
+        fits = tensor.ndim == len(names) and all(
+            size == sizes.get(axis, size) for axis, size in zip(names, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+        sizes.update(zip(names, tensor.shape, strict=True))
+
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if first is None:
+            first = name, tensor
+            continue
+        reference_name, reference = first
+        if tensor.dtype != reference.dtype and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: expected the dtype of {reference_name} ({reference.dtype}) or torch.float32, "
+                f"got {tensor.dtype}"
+            )
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: expected the device of {reference_name} ({reference.device}), got {tensor.device}"
+            )
+    return sizes
+
+
+def check_range(
+    name: str, tensor: Tensor | None, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Hold every entry to be finite and within [low, high], or (low, high] where `open_low`.
+
+    Reading values makes a GPU wait and breaks a compiled graph: CUDA tensors are read only under
+    `TTR_CHECK=1`, and nothing is read while `torch.compile` traces.
+    """
+    if tensor is None or tensor.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if tensor.device.type != "cpu" and os.environ.get("TTR_CHECK") != "1":
+        return
+    smallest, largest = (extreme.item() for extreme in tensor.detach().aminmax())
+    above = smallest > low if open_low else smallest >= low
+    if not (above and largest <= high and math.isfinite(smallest) and math.isfinite(largest)):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if high == math.inf else "]"
+        raise ValueError(
+            f"{name}: expected finite values in {left}{low:g}, {high:g}{right}, "
+            f"got values from {smallest:g} to {largest:g}"
+        )
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Hold a chunk to at least one token."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+
+
+def decay_axes(log_decay: Tensor | None) -> str:
+    """The axes a log_decay must have: one factor a channel if it has a fourth axis, else one a head."""
+    return "batch time heads key" if log_decay is not None and log_decay.ndim == 4 else "batch time heads"

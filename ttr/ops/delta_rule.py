@@ -1,0 +1,203 @@
+"""Family (b): error-correcting updates, one op for every gain.
+
+With u_t = v_t − S̄_tᵀ k_t, the error of the decayed memory on the new pair, all states in a chunk are sums of
+g_j u_jᵀ with decays between. So the errors solve a unit-triangular system, (I + A) U = V − K̄ S, where
+A_tj = k_tᵀ Diag(decay from j to t) g_j for j < t: the WY (or UT) form with key and gain kept apart. It is solved
+for V and for K̄ at once and for all chunks; between chunks only two products remain. The forward costs about
+2·T·C·(2K + V) + T·C·(K + V) + 6·T·K·V floating-point operations a head.
+
+Momentum adds a second state, M_t = η_t M_{t−1} + g_t u_tᵀ and S_t = S̄_t + M_t. A write then reaches S_t along every
+split of the way into a stretch of momentum and a stretch of decay: its factor is the product of the two decay
+matrices, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
+from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, zero_state
+
+
+def delta_rule(
+    q: Float[Tensor, "batch time heads key"],
+    k: Float[Tensor, "batch time heads key"],
+    v: Float[Tensor, "batch time heads value"],
+    gain: Float[Tensor, "batch time heads key"],
+    log_decay: Float[Tensor, "batch time heads"] | Float[Tensor, "batch time heads key"] | None = None,
+    *,
+    initial_state: Float[Tensor, "batch heads key value"] | None = None,
+    chunk_size: int = 64,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "batch heads key value"]]:
+    r"""Correct the memory's error on each new pair along a gain vector, then read it.
+
+    .. math::
+        S_t = \bar S_t + g_t \bigl(v_t - \bar S_t^\top k_t\bigr)^\top, \qquad
+        \bar S_t = \operatorname{Diag}(e^{\ell_t})\, S_{t-1}, \qquad y_t = S_t^\top q_t
+
+    Args:
+        q: queries; no scaling is applied.
+        k: keys.
+        v: values.
+        gain: :math:`g_t`, for instance :math:`\beta_t k_t`; `ttr.ops.gains` has the gains of the field. The
+            recursion is stable where the eigenvalue :math:`1 - k_t^\top g_t` lies in [−1, 1].
+        log_decay: :math:`\ell_t \le 0`, one a head or one a channel of the key; None keeps everything.
+        initial_state: :math:`S_0`; None is zero.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+
+    Returns:
+        The outputs in the dtype of v, and the final state in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
+            backend "triton".
+
+    Schlag et al. (2021), eq. 24; chunkwise Yang et al. (2024), eq. 8–11; decay Yang et al. (2024, gated), eq. 10.
+    """
+    _check(q, k, v, gain, log_decay, chunk_size, backend, initial_state=initial_state)
+    state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
+    return map_chunks(_step, (q, k, v, gain, log_decay), state, like=v, chunk_size=chunk_size)
+
+
+def momentum_delta_rule(
+    q: Float[Tensor, "batch time heads key"],
+    k: Float[Tensor, "batch time heads key"],
+    v: Float[Tensor, "batch time heads value"],
+    gain: Float[Tensor, "batch time heads key"],
+    log_momentum: Float[Tensor, "batch time heads"],
+    log_decay: Float[Tensor, "batch time heads"] | None = None,
+    *,
+    initial_state: Float[Tensor, "batch heads key value"] | None = None,
+    initial_momentum: Float[Tensor, "batch heads key value"] | None = None,
+    chunk_size: int = 64,
+    backend: Backend = "auto",
+) -> tuple[
+    Float[Tensor, "batch time heads value"],
+    tuple[Float[Tensor, "batch heads key value"], Float[Tensor, "batch heads key value"]],
+]:
+    r"""The delta rule whose corrections go on: gradient descent with (heavy-ball) momentum.
+
+    .. math::
+        M_t = e^{\mu_t} M_{t-1} + g_t \bigl(v_t - \bar S_t^\top k_t\bigr)^\top, \qquad
+        S_t = \bar S_t + M_t, \qquad \bar S_t = e^{\ell_t} S_{t-1}, \qquad y_t = S_t^\top q_t
+
+    Args:
+        q: queries; no scaling is applied.
+        k: keys.
+        v: values.
+        gain: :math:`g_t`, as in `delta_rule`.
+        log_momentum: :math:`\mu_t \le 0`, the natural log of the factor on the old momentum.
+        log_decay: :math:`\ell_t \le 0`, one a head; None keeps everything.
+        initial_state: :math:`S_0`; None is zero.
+        initial_momentum: :math:`M_0`; None is zero.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+
+    Returns:
+        The outputs in the dtype of v, and the final pair (state, momentum) in at least float32.
+
+    Raises:
+        ValueError: as `delta_rule`, and for a positive or non-finite log_momentum.
+
+    The linear case of Behrouz et al. (2025, Titans), eq. 9–10 and 13.
+    """
+    states = {"initial_state": initial_state, "initial_momentum": initial_momentum}
+    _check(q, k, v, gain, log_decay, chunk_size, backend, log_momentum=log_momentum, **states)
+    state, momentum = (
+        zero_state(k, v) if x is None else x.to(state_dtype(v)) for x in (initial_state, initial_momentum)
+    )
+    if log_decay is None:
+        log_decay = torch.zeros_like(log_momentum)
+    sequences = (q, k, v, gain, log_momentum, log_decay)
+    return map_chunks(_momentum_step, sequences, (state, momentum), like=v, chunk_size=chunk_size)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    log_decay: Tensor | None,
+    chunk_size: int,
+    backend: Backend,
+    *,
+    log_momentum: Tensor | None = None,
+    **states: Tensor | None,
+) -> None:
+    check_shapes(
+        q=(q, "batch time heads key"),
+        k=(k, "batch time heads key"),
+        v=(v, "batch time heads value"),
+        gain=(gain, "batch time heads key"),
+        log_decay=(log_decay, decay_axes(log_decay) if log_momentum is None else "batch time heads"),
+        log_momentum=(log_momentum, "batch time heads"),
+        **{name: (state, "batch heads key value") for name, state in states.items()},
+    )
+    check_range("log_decay", log_decay, high=0)
+    check_range("log_momentum", log_momentum, high=0)
+    check_chunk_size(chunk_size)
+    uses_triton(backend, q, missing="the delta rule")
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, gain: Tensor, log_decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    decay = ChunkDecay(log_decay)
+    # U = own − carried S solves (I + A) U = V − K̄ S; the solver reads A below the diagonal only.
+    right = torch.cat([v, decay.since_start(k)], dim=-1)
+    own, carried = _errors(decay.between(k, gain), right).split([v.shape[-1], k.shape[-1]], dim=-1)
+    chunks = own.unbind(2), carried.unbind(2), decay.until_end(gain).mT.unbind(2)
+    starts, errors = [], []
+    for factor, own_n, carried_n, write_n in zip(decay.over_chunks(k.shape[2], k.dtype), *chunks, strict=True):
+        starts.append(state)
+        errors.append(own_n - carried_n @ state)
+        state = factor * state + write_n @ errors[-1]
+    y = decay.between(q, gain) @ torch.stack(errors, 2) + decay.since_start(q) @ torch.stack(starts, 2)
+    return y, state
+
+
+def _momentum_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor,
+    states: tuple[Tensor, Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    state, pushed = states
+    decay, momentum = ChunkDecay(log_decay), ChunkDecay(log_momentum)
+    # What a write at j, or the momentum that the chunk began with, adds to S̄_t (before token t's own push) and to S_t.
+    before = decay.matrix(k.dtype).tril(-1)
+    push = momentum.matrix(k.dtype)
+    old_push = momentum.since_start(torch.ones_like(k[..., :1]))
+    after_writes, after_push = before @ push + push, before @ old_push + old_push
+
+    right = torch.cat([v, decay.since_start(k), (before @ old_push) * k], dim=-1)
+    sizes = [v.shape[-1], k.shape[-1], k.shape[-1]]
+    own, carried, swept = _errors((k @ gain.mT) * (before @ push), right).split(sizes, dim=-1)
+    into_state = (after_writes[..., -1:, :].mT * gain).mT
+    chunks = [x.unbind(2) for x in (own, carried, swept, into_state, momentum.until_end(gain).mT)]
+    factors = [x.over_chunks(k.shape[2], k.dtype) for x in (decay, momentum)]
+    starts, pushes, errors = [], [], []
+    for factor, damping, reach, own_n, carried_n, swept_n, into_state_n, into_push_n in zip(
+        *factors, after_push[..., -1:, :].unbind(2), *chunks, strict=True
+    ):
+        starts.append(state)
+        pushes.append(pushed)
+        errors.append(own_n - carried_n @ state - swept_n @ pushed)
+        state = factor * state + reach * pushed + into_state_n @ errors[-1]
+        pushed = damping * pushed + into_push_n @ errors[-1]
+    y = ((q @ gain.mT) * after_writes) @ torch.stack(errors, 2)
+    y = y + decay.since_start(q) @ torch.stack(starts, 2) + (after_push * q) @ torch.stack(pushes, 2)
+    return y, (state, pushed)
+
+
+def _errors(overlap: Tensor, right: Tensor) -> Tensor:
+    """Solve (I + A) X = right, with A the part of `overlap` strictly below the diagonal."""
+    return torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)

@@ -1,0 +1,107 @@
+"""Family (a): Hebbian sums, the regression that takes the keys' second moment for the identity.
+
+Within a chunk the outputs are (Q Kᵀ ∘ D) V with D_tj = exp(c_t − c_j); between chunks a state is carried. With
+chunk C the forward costs about 2·T·C·(K + V) + 4·T·K·V floating-point operations a head, not 2·T²·(K + V).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
+from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, zero_state
+
+
+def linear_attention(
+    q: Float[Tensor, "batch time heads key"],
+    k: Float[Tensor, "batch time heads key"],
+    v: Float[Tensor, "batch time heads value"],
+    log_decay: Float[Tensor, "batch time heads"] | Float[Tensor, "batch time heads key"] | None = None,
+    *,
+    initial_state: Float[Tensor, "batch heads key value"] | None = None,
+    chunk_size: int = 64,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "batch heads key value"]]:
+    r"""Read decayed sums of key–value outer products.
+
+    .. math:: S_t = \operatorname{Diag}(e^{\ell_t})\, S_{t-1} + k_t v_t^\top, \qquad y_t = S_t^\top q_t
+
+    Args:
+        q: queries; no scaling is applied.
+        k: keys.
+        v: values.
+        log_decay: :math:`\ell_t \le 0`, the natural log of the factor on the old state, one a head or one a
+            channel of the key; None keeps everything.
+        initial_state: :math:`S_0`; None is zero.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
+            "triton" force one.
+
+    Returns:
+        The outputs in the dtype of v, and the final state in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
+            backend "triton" where no kernel takes these arguments.
+
+    Katharopoulos et al. (2020), eq. 16–18; with a decay per head Dao & Gu (2024), per channel Yang et al. (2023).
+    """
+    check_shapes(
+        q=(q, "batch time heads key"),
+        k=(k, "batch time heads key"),
+        v=(v, "batch time heads value"),
+        log_decay=(log_decay, decay_axes(log_decay)),
+        initial_state=(initial_state, "batch heads key value"),
+    )
+    check_range("log_decay", log_decay, high=0)
+    check_chunk_size(chunk_size)
+    state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
+    missing = "a decay per channel" if log_decay is not None and log_decay.ndim == 4 else None
+    compute = _TritonForward.apply if uses_triton(backend, q, missing) else _in_torch
+    return compute(q, k, v, log_decay, state, chunk_size)
+
+
+def _in_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    return map_chunks(_step, (q, k, v, log_decay), state, like=v, chunk_size=chunk_size)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    decay = ChunkDecay(log_decay)
+    writes = decay.until_end(k).mT @ v
+    starts = []
+    for factor, write in zip(decay.over_chunks(k.shape[2], k.dtype), writes.unbind(2), strict=True):
+        starts.append(state)
+        state = factor * state + write
+    y = decay.between(q, k) @ v + decay.since_start(q) @ torch.stack(starts, dim=2)
+    return y, state
+
+
+class _TritonForward(torch.autograd.Function):
+    """The kernel runs forward; backward recomputes the PyTorch rung and differentiates that."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        from ttr_kernels import linear_attention_forward
+
+        *tensors, ctx.chunk_size = arguments
+        ctx.save_for_backward(*tensors)
+        return linear_attention_forward(*tensors, chunk_size=ctx.chunk_size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = [
+            None if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        with torch.enable_grad():
+            outputs = _in_torch(*tensors, ctx.chunk_size)
+        wanted = [x for x in tensors if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients))
+        return *(next(found) if x is not None and x.requires_grad else None for x in tensors), None

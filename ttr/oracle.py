@@ -1,0 +1,227 @@
+"""What every design means: its definition, slow and obvious, in the dtype of the input.
+
+Each optimizer is computed straight from the problem it solves, with no chunk and no algebra borrowed from `ttr.ops`:
+Hebbian memories by summing over all past pairs, gradient steps by differentiating the stated loss, exact fits by
+`lstsq` on the stacked, weighted data. All of it is differentiable. The ops are tested against these functions, and a
+design that has no op runs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ttr._choices import (
+    DiagonalNewton,
+    GradientDescent,
+    Hebbian,
+    Implicit,
+    Kernel,
+    LocalPolynomial,
+    NLMS,
+    Quadratic,
+    Weights,
+    Window,
+)
+from ttr._design import Design
+from ttr._inputs import Prepared, forgetting, prepare
+from ttr._state import State
+
+
+def regress(
+    design: Design,
+    q: Float[Tensor, "batch time heads key"],
+    k: Float[Tensor, "batch time *pairs key"],
+    v: Float[Tensor, "batch time *pairs value"],
+    *,
+    state: State | None = None,
+    **inputs: Tensor,
+) -> tuple[Float[Tensor, "batch time heads value"], State]:
+    """Fit keys to values at every step and predict at the query, by definition: see `ttr.regress`.
+
+    Takes and raises what `ttr.regress` does, from which it differs in speed, and in that its state may be the history.
+    """
+    tensors = prepare(design, q, k, v, inputs)
+    state = state or State()
+    if isinstance(design.optimizer, GradientDescent):
+        return _gradient_descent(design, design.optimizer, tensors, state)
+    if isinstance(design.optimizer, Hebbian) and design.weights.recursive:
+        return _hebbian(design, design.optimizer, tensors, state.memory)
+
+    tensors, history = _with_history(design, tensors, state.history)
+    if isinstance(design.optimizer, Hebbian):
+        y, _ = _hebbian(design, design.optimizer, tensors, None)
+    else:
+        y = _exact(design, tensors)
+    return y, State(history=history)
+
+
+def _with_history(
+    design: Design, tensors: Prepared, past: dict[str, Tensor]
+) -> tuple[Prepared, dict[str, Tensor]]:
+    """The tensors with all past pairs before the new ones; queries stay new."""
+    by_name = {"k": tensors.k, "v": tensors.v} | tensors.inputs
+    timed = [name for name in by_name if name in ("k", "v") or "time" in design.inputs[name].split()]
+    history = {name: torch.cat([past[name], by_name[name]], dim=1) if past else by_name[name] for name in timed}
+    return Prepared(tensors.q, history["k"], history["v"], tensors.inputs | history), history
+
+
+def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Tensor]]:
+    """For each query its time t and the log of γ_i^(t) of every pair i ≤ t, (batch, pairs, heads, 1 or key)."""
+    q, k, _, inputs = tensors
+    log_decay, importance = _log_factors(weights, inputs, k)
+    total = log_decay[:, :0]
+    first = k.shape[1] - q.shape[1]
+    for t in range(k.shape[1]):
+        total = torch.cat([total + log_decay[:, t : t + 1], torch.zeros_like(log_decay[:, :1])], dim=1)
+        if t < first:
+            continue
+        log_weight = total
+        if importance is not None:
+            tiny = torch.finfo(importance.dtype).tiny
+            log_weight = log_weight + importance[:, : t + 1].clamp_min(tiny).log().unsqueeze(-1)
+        for factor in weights.factors:
+            if isinstance(factor, Kernel):
+                similarity = factor.similarity(q[:, t - first].unsqueeze(1), k[:, : t + 1])
+                log_weight = log_weight + similarity.unsqueeze(-1) / factor.bandwidth**2
+            if isinstance(factor, Window):
+                old = torch.arange(t, -1, -1, device=k.device) >= factor.size
+                log_weight = log_weight.masked_fill(old[:, None, None], -torch.inf)
+        yield t, log_weight
+
+
+def _log_factors(
+    weights: Weights, inputs: Mapping[str, Tensor], k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log α_t, (batch, time, heads, 1 or key), and the weight of a new pair, (batch, time, heads); 0 and 1 if none."""
+    log_decay, importance = forgetting(weights, inputs, k)
+    if log_decay is None:
+        log_decay = k.new_zeros(*k.shape[:2], k.shape[-2])
+    if importance is None:
+        importance = k.new_ones(*k.shape[:2], k.shape[-2])
+    return log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1), importance
+
+
+def _hebbian(
+    design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tensor | None
+) -> tuple[Tensor, State]:
+    """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value."""
+    q, k, v, inputs = tensors
+    if optimizer.normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    log_decay, _ = _log_factors(design.weights, inputs, k)
+    first = k.shape[1] - q.shape[1]
+    initial = memory
+    outputs = []
+    for t, log_weight in _log_weights(design.weights, tensors):
+        memory = torch.einsum("bihk,bihv->bhkv", log_weight.exp() * k[:, : t + 1], v[:, : t + 1])
+        if initial is not None:
+            memory = memory + log_decay[:, : t + 1].sum(1).exp().unsqueeze(-1) * initial
+        outputs.append(_read(memory, q[:, t - first]))
+    y = _stack(outputs, v)
+    return y[..., :-1] / y[..., -1:] if optimizer.normalize else y, State(memory=memory)
+
+
+def _gradient_descent(
+    design: Design, optimizer: GradientDescent, tensors: Prepared, state: State
+) -> tuple[Tensor, State]:
+    """One pair after the other: decay the memory, differentiate the pair's loss there, step."""
+    q, k, v, inputs = tensors
+    log_decay, importance = _log_factors(design.weights, inputs, k)
+    step_size = inputs["step_size"]
+    if optimizer.steps == 1:
+        k, v, step_size = (x.unsqueeze(2) for x in (k, v, step_size))
+    zeros = k.new_zeros(k.shape[0], *k.shape[-2:], v.shape[-1])
+    memory = zeros if state.memory is None else state.memory
+    momentum = zeros if state.momentum is None else state.momentum
+    curvature = zeros[..., 0] if state.curvature is None else state.curvature
+    ridge = inputs.get("ridge")
+
+    outputs = []
+    for t in range(q.shape[1]):
+        factor = log_decay[:, t].exp()
+        memory, curvature = factor.unsqueeze(-1) * memory, factor * curvature
+        for key, value, size in zip(k[:, t].unbind(1), v[:, t].unbind(1), step_size[:, t].unbind(1), strict=True):
+            size = (size * importance[:, t]).unsqueeze(-1)
+
+            def loss(memory: Tensor, key: Tensor = key, value: Tensor = value) -> Tensor:
+                return design.loss(value - _read(memory, key)).sum()
+
+            gradient = torch.func.grad(loss)(memory)
+            if isinstance(optimizer.gain, Implicit):
+                # The minimiser of ‖S − S̄‖²/2 + β ‖v − Sᵀk‖²/2, by its normal equations.
+                outer = size.unsqueeze(-1) * key.unsqueeze(-1) * key.unsqueeze(-2)
+                matrix = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) + outer
+                right = memory + size.unsqueeze(-1) * key.unsqueeze(-1) * value.unsqueeze(-2)
+                step = torch.linalg.solve(matrix, right) - memory
+            elif isinstance(optimizer.gain, NLMS):
+                length = optimizer.gain.epsilon + key.square().sum(-1, keepdim=True)
+                step = -(size / length).unsqueeze(-1) * gradient
+            elif isinstance(optimizer.gain, DiagonalNewton):
+                curvature = curvature + key.square()
+                step = -(size / (ridge + curvature)).unsqueeze(-1) * gradient
+            else:
+                step = -size.unsqueeze(-1) * gradient
+            if optimizer.momentum:
+                momentum = inputs["log_momentum"][:, t].exp()[..., None, None] * momentum + step
+                step = momentum
+            memory = memory + step
+        outputs.append(_read(memory, q[:, t]))
+    kept = State(
+        memory=memory,
+        momentum=momentum if optimizer.momentum else None,
+        curvature=curvature if isinstance(optimizer.gain, DiagonalNewton) else None,
+    )
+    return _stack(outputs, v[:, :, 0]), kept
+
+
+def _exact(design: Design, tensors: Prepared) -> Tensor:
+    """The weighted ridge regression of each query's past, by `lstsq` on the rows √w_i (φ_i, v_i) and √Λ (I, 0)."""
+    q, k, v, inputs = tensors
+    log_decay, _ = _log_factors(design.weights, inputs, k)
+    first = k.shape[1] - q.shape[1]
+    local = design.regressor if isinstance(design.regressor, LocalPolynomial) else None
+    outputs = []
+    for t, log_weight in _log_weights(design.weights, tensors):
+        query = q[:, t - first]
+        if local:
+            log_weight = log_weight.log_softmax(dim=1)
+            rows = _monomials(k[:, : t + 1] - query.unsqueeze(1), local.degree)
+            penalty = _local_penalty(rows, inputs.get("ridge"))
+            read = torch.zeros_like(rows[:, 0])
+            read[..., 0] = 1
+        else:
+            rows, read = k[:, : t + 1], query
+            penalty = inputs["ridge"].expand_as(query)
+            if design.optimizer.ridge_decays:  # type: ignore[attr-defined]
+                penalty = penalty * log_decay[:, : t + 1].sum(1).exp()
+        root = (log_weight / 2).exp()
+        data = torch.cat([(root * rows).transpose(1, 2), torch.diag_embed(penalty.sqrt())], dim=-2)
+        target = (root * v[:, : t + 1]).transpose(1, 2)
+        padded = torch.nn.functional.pad(target, (0, 0, 0, penalty.shape[-1]))
+        outputs.append(_read(torch.linalg.lstsq(data, padded).solution, read))
+    return _stack(outputs, v)
+
+
+def _monomials(x: Tensor, degree: int) -> Tensor:
+    """[1], [1, x] or [1, x, vech(x xᵀ)]; the products scaled so that their norm does not depend on the axes."""
+    return torch.cat([torch.ones_like(x[..., :1]), x, Quadratic()(x)][: degree + 1], dim=-1)
+
+
+def _local_penalty(rows: Tensor, ridge: Tensor | None) -> Tensor:
+    """The ridge on every coefficient but the constant one, (batch, heads, coefficients)."""
+    penalty = torch.zeros_like(rows[:, 0])
+    if ridge is not None:
+        penalty[..., 1:] = ridge.unsqueeze(-1)
+    return penalty
+
+
+def _read(memory: Tensor, query: Tensor) -> Tensor:
+    return torch.einsum("bhkv,bhk->bhv", memory, query)
+
+
+def _stack(outputs: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(outputs, dim=1) if outputs else like[:, :0]
