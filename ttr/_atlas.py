@@ -117,7 +117,7 @@ class Table:
     def __str__(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        body = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([body[0], "  ".join("-" * width for width in widths), *body[1:], "", self.caption])
 
     __repr__ = __str__

@@ -173,7 +173,7 @@ class Exponential(Similarity):
 
 @dataclass(frozen=True)
 class Gaussian(Similarity):
-    r"""The distance: :math:`\exp(-\lVert q - k\rVert^2 / 2h^2)`; at unit norms the exponential one, up to a constant."""
+    r"""The distance: :math:`\exp(-\lVert q - k\rVert^2 / 2h^2)`; the exponential one, to a constant at unit norm."""
 
     formula = r"e^{-\lVert q_t - k_i\rVert^2 / 2h^2}"
 
@@ -297,12 +297,15 @@ class Quadratic(FeatureMap):
     def __call__(self, x: Tensor) -> Tensor:
         row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
         products = x[..., row] * x[..., column]
-        return products * torch.where(row == column, 1.0, 2**0.5).to(x.dtype)
+        return torch.where(row == column, products, 2**0.5 * products)
 
 
 @dataclass(frozen=True)
 class Taylor(FeatureMap):
-    r"""The exponential to second order: :math:`\phi(q)^\top\phi(k) = 1 + q^\top k + (q^\top k)^2/2`. Arora et al. (2024)."""
+    r"""The exponential to second order: :math:`\phi(q)^\top\phi(k) = 1 + q^\top k + (q^\top k)^2/2`.
+
+    Arora et al. (2024, Based), section 4.
+    """
 
     positive = True
     cites = ("arora2024based",)
@@ -344,7 +347,10 @@ class PositiveRandom(FeatureMap):
         frames = -(-self.number // key)
         normal = torch.randn(frames, key, key, generator=generator, dtype=torch.float64)
         lengths = torch.randn(frames, key, key, generator=generator, dtype=torch.float64).norm(dim=-1)
-        rows = torch.linalg.qr(normal).Q.mT * lengths.unsqueeze(-1)
+        frame, triangle = torch.linalg.qr(normal)
+        # LAPACK fixes the columns' signs by their entries; those of the triangle make the frame uniform again.
+        signs = triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        rows = (frame * signs).mT * lengths.unsqueeze(-1)
         return rows.flatten(0, 1)[: self.number]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ttr._choices import (
     Window,
 )
 from ttr._references import bibtex
+from ttr._update_rule import update_rule
 
 FRAMEWORK = "wang2025testtime"
 
@@ -82,9 +83,9 @@ class Design:
                 raise ValueError(f"{one} clashes with {other}: {clash.why}")
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[Weights, Regressor, Optimizer, Loss]:
         """The choices, in the order of the axes."""
-        return tuple(getattr(self, axis) for axis in AXES)
+        return self.weights, self.regressor, self.optimizer, self.loss
 
     @property
     def structure(self) -> tuple[Any, ...]:
@@ -117,7 +118,7 @@ class Design:
 
     def update_rule(self) -> str:
         """How the memory is written and read at step t, in LaTeX (an `aligned` block)."""
-        return r"\begin{aligned}" + r" \\ ".join(_update_rule(self)) + r"\end{aligned}"
+        return r"\begin{aligned}" + r" \\ ".join(update_rule(*self.choices)) + r"\end{aligned}"
 
     def cites(self) -> tuple[str, ...]:
         """Keys of the works behind this design, the framework first."""
@@ -195,61 +196,7 @@ CLASHES = (
     ),
     Clash(
         ("regressor", "optimizer"),
-        lambda d: (
-            isinstance(d.optimizer, Hebbian) and d.optimizer.normalize and not d.feature_map.positive
-        ),
+        lambda d: isinstance(d.optimizer, Hebbian) and d.optimizer.normalize and not d.feature_map.positive,
         "normalising divides by sums of φ(q)ᵀφ(k), which this feature map does not keep positive; use EluPlusOne()",
     ),
 )
-
-
-def _update_rule(design: Design) -> list[str]:
-    weights, optimizer = design.weights, design.optimizer
-    plain = isinstance(design.feature_map, Identity)
-    key, query = ("k_t", "q_t") if plain else (r"\phi(k_t)", r"\phi(q_t)")
-    past_key = "k_i" if plain else r"\phi(k_i)"
-    read = rf"y_t &= S_t^\top {query}"
-    where = [] if plain else [rf"\phi(x) &= {design.feature_map.formula}"]
-    if isinstance(design.regressor, LocalPolynomial):
-        return _local_rule(design.regressor.degree, weights)
-    if isinstance(optimizer, Exact):
-        ridge = r"\textstyle\prod_{j\le t}\alpha_j \Lambda" if optimizer.ridge_decays and weights.old else r"\Lambda"
-        fit = rf"\Bigl(\sum_{{i\le t}} \gamma_i {past_key} {past_key}^\top + {ridge}\Bigr)^{{-1}} \sum_{{i\le t}} \gamma_i {past_key} v_i^\top"
-        return [f"S_t &= {fit}", rf"\gamma_i &= {weights.formula}", read, *where]
-    if isinstance(optimizer, Hebbian):
-        if optimizer.normalize:
-            read += rf" \big/ z_t^\top {query}"
-            where.insert(0, rf"z_t &= {weights.old}z_{{t-1}} + {weights.new}{key}")
-        if not weights.recursive:
-            return [rf"S_t &= \sum_{{i\le t}} \gamma_i {past_key} v_i^\top", rf"\gamma_i &= {weights.formula}", read, *where]
-        return [rf"S_t &= {weights.old}S_{{t-1}} + {weights.new}{key} v_t^\top", read, *where]
-
-    assert isinstance(optimizer, GradientDescent)
-    gain = optimizer.gain.formula.replace("k_t", key).replace("k_i", past_key)
-    before = r"\bar S_t" if weights.old else "S_{t-1}"
-    if optimizer.steps > 1:
-        key, gain, before, value = (x.replace("_t", "_{t,j}") for x in (key, gain, "S", "v_t"))
-        loop = [rf"S &\leftarrow {weights.old}S_{{t-1}}"]
-        target = r"S &\leftarrow S +"
-        gain_name, last = "g_{t,j}", [rf"S_t &= S \text{{ after }} j = 1, \dots, {optimizer.steps}"]
-    else:
-        loop = [rf"\bar S_t &= {weights.old}S_{{t-1}}"] if weights.old else []
-        target, value, gain_name, last = rf"S_t &= {before} +", "v_t", "g_t", []
-    error = design.loss.influence % rf"\bigl({value} - {before}^\top {key}\bigr)"
-    step = rf"{weights.new}{gain_name} {error}^\top"
-    if optimizer.momentum:
-        steps = [rf"M_t &= \eta_t M_{{t-1}} + {step}", rf"S_t &= {before} + M_t"]
-    else:
-        steps = [f"{target} {step}"]
-    return [*loop, *steps, rf"{gain_name} &= {gain}", *last, read, *where]
-
-
-def _local_rule(degree: int, weights: Weights) -> list[str]:
-    normalised = rf"w_i &\propto {weights.formula}"
-    if degree == 0:
-        return [r"y_t &= \sum_{i\le t} w_i v_i", normalised]
-    if degree == 1:
-        slope = r"\operatorname{Cov}_w(v, k)\,(\operatorname{Cov}_w(k, k) + \lambda I)^{-1}(q_t - \mathbb E_w k)"
-        return [rf"y_t &= \mathbb E_w v + {slope}", normalised]
-    fit = r"\sum_{i\le t} w_i \lVert v_i - c - B \psi(k_i - q_t)\rVert^2 + \lambda\lVert B\rVert^2"
-    return [rf"y_t &= \arg\min_c \min_B {fit}", r"\psi(x) &= [x,\, \operatorname{vech}(x x^\top)]", normalised]

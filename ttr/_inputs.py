@@ -12,12 +12,12 @@ from ttr._design import Design
 from ttr.ops._check import check_range, check_shapes
 
 RANGES: dict[str, dict[str, Any]] = {
-    "log_decay": {"high": 0},
-    "log_momentum": {"high": 0},
-    "rate": {"low": 0},
-    "ridge": {"low": 0, "open_low": True},
-    "step_size": {"low": 0},
-    "time_step": {"low": 0},
+    "log_decay": {"high": 0.0},
+    "log_momentum": {"high": 0.0},
+    "rate": {"low": 0.0},
+    "ridge": {"low": 0.0, "open_low": True},
+    "step_size": {"low": 0.0},
+    "time_step": {"low": 0.0},
 }
 
 

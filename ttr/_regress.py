@@ -16,8 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ttr import ops, oracle
-from ttr._choices import LMS, NLMS, Decay, DiagonalNewton, Exact, Gain, GradientDescent, Hebbian, Implicit, Linear
-from ttr._choices import SquaredError
+from ttr._choices import (
+    LMS,
+    NLMS,
+    Decay,
+    DiagonalNewton,
+    Exact,
+    Gain,
+    GradientDescent,
+    Hebbian,
+    Implicit,
+    Linear,
+    SquaredError,
+)
 from ttr._design import Design
 from ttr._inputs import Prepared, forgetting, prepare
 from ttr._state import State

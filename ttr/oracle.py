@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ttr._choices import (
+    NLMS,
     DiagonalNewton,
+    Gain,
     GradientDescent,
     Hebbian,
     Implicit,
     Kernel,
     LocalPolynomial,
-    NLMS,
     Quadratic,
     Weights,
     Window,
@@ -59,9 +60,7 @@ def regress(
     return y, State(history=history)
 
 
-def _with_history(
-    design: Design, tensors: Prepared, past: dict[str, Tensor]
-) -> tuple[Prepared, dict[str, Tensor]]:
+def _with_history(design: Design, tensors: Prepared, past: dict[str, Tensor]) -> tuple[Prepared, dict[str, Tensor]]:
     """The tensors with all past pairs before the new ones; queries stay new."""
     by_name = {"k": tensors.k, "v": tensors.v} | tensors.inputs
     timed = [name for name in by_name if name in ("k", "v") or "time" in design.inputs[name].split()]
@@ -93,9 +92,7 @@ def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Ten
         yield t, log_weight
 
 
-def _log_factors(
-    weights: Weights, inputs: Mapping[str, Tensor], k: Tensor
-) -> tuple[Tensor, Tensor]:
+def _log_factors(weights: Weights, inputs: Mapping[str, Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
     """log α_t, (batch, time, heads, 1 or key), and the weight of a new pair, (batch, time, heads); 0 and 1 if none."""
     log_decay, importance = forgetting(weights, inputs, k)
     if log_decay is None:
@@ -105,17 +102,14 @@ def _log_factors(
     return log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1), importance
 
 
-def _hebbian(
-    design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tensor | None
-) -> tuple[Tensor, State]:
+def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tensor | None) -> tuple[Tensor, State]:
     """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value."""
     q, k, v, inputs = tensors
     if optimizer.normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
-    initial = memory
-    outputs = []
+    initial, outputs = memory, []
     for t, log_weight in _log_weights(design.weights, tensors):
         memory = torch.einsum("bihk,bihv->bhkv", log_weight.exp() * k[:, : t + 1], v[:, : t + 1])
         if initial is not None:
@@ -138,33 +132,20 @@ def _gradient_descent(
     memory = zeros if state.memory is None else state.memory
     momentum = zeros if state.momentum is None else state.momentum
     curvature = zeros[..., 0] if state.curvature is None else state.curvature
-    ridge = inputs.get("ridge")
 
     outputs = []
     for t in range(q.shape[1]):
         factor = log_decay[:, t].exp()
         memory, curvature = factor.unsqueeze(-1) * memory, factor * curvature
         for key, value, size in zip(k[:, t].unbind(1), v[:, t].unbind(1), step_size[:, t].unbind(1), strict=True):
-            size = (size * importance[:, t]).unsqueeze(-1)
+            size = size * importance[:, t]
 
             def loss(memory: Tensor, key: Tensor = key, value: Tensor = value) -> Tensor:
                 return design.loss(value - _read(memory, key)).sum()
 
             gradient = torch.func.grad(loss)(memory)
-            if isinstance(optimizer.gain, Implicit):
-                # The minimiser of ‖S − S̄‖²/2 + β ‖v − Sᵀk‖²/2, by its normal equations.
-                outer = size.unsqueeze(-1) * key.unsqueeze(-1) * key.unsqueeze(-2)
-                matrix = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) + outer
-                right = memory + size.unsqueeze(-1) * key.unsqueeze(-1) * value.unsqueeze(-2)
-                step = torch.linalg.solve(matrix, right) - memory
-            elif isinstance(optimizer.gain, NLMS):
-                length = optimizer.gain.epsilon + key.square().sum(-1, keepdim=True)
-                step = -(size / length).unsqueeze(-1) * gradient
-            elif isinstance(optimizer.gain, DiagonalNewton):
-                curvature = curvature + key.square()
-                step = -(size / (ridge + curvature)).unsqueeze(-1) * gradient
-            else:
-                step = -size.unsqueeze(-1) * gradient
+            curvature = curvature + key.square()
+            step = -_in_metric(optimizer.gain, gradient, size, key, curvature, inputs)
             if optimizer.momentum:
                 momentum = inputs["log_momentum"][:, t].exp()[..., None, None] * momentum + step
                 step = momentum
@@ -176,6 +157,23 @@ def _gradient_descent(
         curvature=curvature if isinstance(optimizer.gain, DiagonalNewton) else None,
     )
     return _stack(outputs, v[:, :, 0]), kept
+
+
+def _in_metric(
+    gain: Gain, gradient: Tensor, size: Tensor, key: Tensor, curvature: Tensor, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """The gradient as this gain's step takes it: β times the inverse of the metric it measures steps by."""
+    scaled = size[..., None, None] * gradient
+    if isinstance(gain, NLMS):
+        return scaled / (gain.epsilon + key.square().sum(-1))[..., None, None]
+    if isinstance(gain, DiagonalNewton):
+        return scaled / (inputs["ridge"] + curvature).unsqueeze(-1)
+    if isinstance(gain, Implicit):
+        # argmin_S ‖S − S̄‖²/2 + β‖v − Sᵀk‖²/2 is one Newton step from S̄, whose Hessian is I + βkkᵀ.
+        identity = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+        outer = key.unsqueeze(-1) * key.unsqueeze(-2)
+        return torch.linalg.solve(identity + size[..., None, None] * outer, scaled)
+    return scaled
 
 
 def _exact(design: Design, tensors: Prepared) -> Tensor:

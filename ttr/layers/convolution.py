@@ -12,8 +12,8 @@ class ShortConvolution(nn.Module):
 
     .. math:: y_{t} = \operatorname{SiLU}\Bigl(\sum_{j=0}^{w-1} c_j \odot x_{t-j}\Bigr)
 
-    Poli et al.'s shift memories and the test-time regression paper's keys made of neighbouring tokens both need it:
-    binding a value to the token before it takes one step back. Fu et al. (2022), Wang et al. (2025), section 5.
+    A value can be bound to the token before it only if its key has seen that token. Fu et al. (2022) reach it by a
+    shift state-space model, Wang et al. (2025) by keys made of neighbouring tokens.
     """
 
     def __init__(self, channels: int, width: int):

@@ -120,15 +120,15 @@ class RegressionLayer(nn.Module):
             if name in self.convolutions:
                 z, past[name] = self.convolutions[name](z, cache.past.get(name))
             projected[name] = z.unflatten(-1, self.shapes[name])
-        q, k = (normalize(projected[name], dim=-1) for name in "qk")
+        q, k, v = normalize(projected["q"], dim=-1), normalize(projected["k"], dim=-1), projected["v"]
         if self.log_temperature is not None:
             scale = (self.log_temperature / 2).exp()
-            q, k = scale * q, scale * k
+            q, k, v = scale * q, scale * k, v.to(scale.dtype)
         inputs = {name: module(x) for name, module in self.inputs.items()}
         if "step_size" in inputs:
             inputs["step_size"] = self.max_step_size * inputs["step_size"]
-        y, state = regress(self.design, q, k, projected["v"], state=cache.state, **inputs)
-        y = self.norm(y).flatten(2)
+        y, state = regress(self.design, q, k, v, state=cache.state, **inputs)
+        y = self.norm(y.to(self.norm.weight.dtype)).flatten(2)
         if self.gate is not None:
             y = y * silu(self.gate(x))
         return self.output(y), Cache(state, past)

@@ -36,7 +36,7 @@ class Block(nn.Module):
         hidden = round(mlp_ratio * d_model)
         self.mlp = nn.Sequential(nn.RMSNorm(d_model, eps=1e-5), SwiGLU(d_model, hidden)) if hidden else None
 
-    def extend(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         mixed, cache = self.mixer.extend(self.mixer_norm(x), cache)
         x = x + mixed
         return x if self.mlp is None else x + self.mlp(x), cache
@@ -106,7 +106,7 @@ class RegressionLM(nn.Module):
         x = self.embedding(tokens)
         kept = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, cache = block.extend(x, cache)
+            x, cache = block(x, cache)
             kept.append(cache)
         return self.head(self.norm(x)), kept
 

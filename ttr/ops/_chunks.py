@@ -60,7 +60,7 @@ def map_chunks(
             ]
             output, state = step(*chunked, state)
             outputs.append(output.movedim(1, 3).flatten(1, 2).to(like.dtype))
-    return torch.cat(outputs, dim=1), state
+        return torch.cat(outputs, dim=1), state
 
 
 class ChunkDecay:
@@ -98,6 +98,7 @@ class ChunkDecay:
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """D_tj = exp(c_t − c_j) for j ≤ t, else 0; of a decay per head."""
         c = self.cumulative
+        assert c is not None
         return (c - c.mT).to(dtype).masked_fill(_future(c.shape[-2], c.device), -torch.inf).exp()
 
     def over_chunks(self, chunks: int, dtype: torch.dtype) -> Sequence[Tensor | float]:

@@ -138,8 +138,8 @@ def _check(
         log_momentum=(log_momentum, "batch time heads"),
         **{name: (state, "batch heads key value") for name, state in states.items()},
     )
-    check_range("log_decay", log_decay, high=0)
-    check_range("log_momentum", log_momentum, high=0)
+    check_range("log_decay", log_decay, high=0.0)
+    check_range("log_momentum", log_momentum, high=0.0)
     check_chunk_size(chunk_size)
     uses_triton(backend, q, missing="the delta rule")
 

@@ -81,7 +81,9 @@ def recursive_least_squares(
 ) -> tuple[Keys, Float[Tensor, "batch heads key key"]]:
     r"""The gain that makes the delta rule exact.
 
-    .. math:: g_t = G_t^{-1} k_t, \qquad G_t = e^{\ell_t} G_{t-1} + k_t k_t^\top, \qquad G_0 = \operatorname{Diag}(\lambda)
+    .. math::
+        g_t = G_t^{-1} k_t, \qquad G_t = e^{\ell_t} G_{t-1} + k_t k_t^\top, \qquad
+        G_0 = \operatorname{Diag}(\lambda)
 
     The ridge is a prior and fades with the data. Once it has faded, keys that do not span the space would leave
     G singular; the rounding unit times its mean diagonal is added, so that the gain stays finite. Every G_t is
@@ -119,6 +121,6 @@ def _check(
         log_decay=(log_decay, decay_axes(log_decay)),
         **states,
     )
-    check_range("step_size", step_size, low=0)
-    check_range("ridge", ridge, low=0, open_low=True)
-    check_range("log_decay", log_decay, high=0)
+    check_range("step_size", step_size, low=0.0)
+    check_range("ridge", ridge, low=0.0, open_low=True)
+    check_range("log_decay", log_decay, high=0.0)

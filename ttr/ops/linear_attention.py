@@ -58,7 +58,7 @@ def linear_attention(
         log_decay=(log_decay, decay_axes(log_decay)),
         initial_state=(initial_state, "batch heads key value"),
     )
-    check_range("log_decay", log_decay, high=0)
+    check_range("log_decay", log_decay, high=0.0)
     check_chunk_size(chunk_size)
     state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
     missing = "a decay per channel" if log_decay is not None and log_decay.ndim == 4 else None
@@ -87,21 +87,24 @@ class _TritonForward(torch.autograd.Function):
     """The kernel runs forward; backward recomputes the PyTorch rung and differentiates that."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
         from ttr_kernels import linear_attention_forward
 
-        *tensors, ctx.chunk_size = arguments
-        ctx.save_for_backward(*tensors)
-        return linear_attention_forward(*tensors, chunk_size=ctx.chunk_size)
+        ctx.save_for_backward(q, k, v, log_decay, state)
+        ctx.chunk_size = chunk_size
+        return linear_attention_forward(q, k, v, log_decay, state, chunk_size=chunk_size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = [
-            None if x is None else x.detach().requires_grad_(needed)
-            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        needed = ctx.needs_input_grad[:-1]
+        leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad():
-            outputs = _in_torch(*tensors, ctx.chunk_size)
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
+            outputs = _in_torch(*[*leaves, ctx.chunk_size])
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, gradients))
-        return *(next(found) if x is not None and x.requires_grad else None for x in tensors), None
+        return *(next(found) if need else None for need in needed), None

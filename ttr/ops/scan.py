@@ -7,18 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-
 def decayed_sum(
     x: Float[Tensor, "batch time *rest"],
     log_decay: Float[Tensor, "batch time *_"] | None,
-    initial: Float[Tensor, "batch *rest"],
+    initial: Float[Tensor, batch * rest],
 ) -> Float[Tensor, "batch time *rest"]:
     r"""Running sums that forget.
 
     .. math:: p_t = e^{\ell_t} p_{t-1} + x_t
 
-    p_0 is `initial`; `log_decay` may have size-1 axes where x has more. In ⌈log₂ T⌉ passes: after the pass of stride s, p_t holds the
-    last 2s terms (Hillis & Steele 1986), and every exponent stays at or below zero.
+    p_0 is `initial`; `log_decay` may have size-1 axes where x has more. In ⌈log₂ T⌉ passes: after the pass of
+    stride s, p_t holds the last 2s terms, and every exponent stays at or below zero.
     """
     if log_decay is None:
         return initial.unsqueeze(1) + x.cumsum(1)

@@ -1,0 +1,94 @@
+"""One layer class for every design: it declares what it needs, trains, and decodes with the numbers of the whole."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from sampling import relative_error
+
+import ttr
+from ttr import Decay, Design, Exact, Gaussian, GradientDescent, Huber, Kernel, LocalPolynomial
+from ttr.layers import RegressionLayer, ShortConvolution
+
+DESIGNS = [
+    *(ttr.atlas[slug] for slug in ttr.atlas),
+    Design(Decay(per="channel", fixed=True), optimizer=GradientDescent(ttr.NLMS())),
+    Design(Decay(), optimizer=GradientDescent(ttr.DiagonalNewton(), momentum=True)),
+    Design(Decay(), optimizer=GradientDescent(), loss=Huber()),
+    Design(Kernel(Gaussian()) * Decay(), LocalPolynomial(1), Exact()),
+]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@pytest.mark.filterwarnings("ignore::ttr.SlowPathWarning")
+def test_every_design_is_a_layer_that_trains_and_decodes(design: Design) -> None:
+    torch.manual_seed(0)
+    layer = RegressionLayer(design, 24, 2, key_dim=5, value_dim=4, gate=True)
+    assert set(layer.inputs) == set(design.inputs)
+    x = torch.randn(2, 9, 24)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.square().mean().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.ne(0).any(), name
+
+    cache, outputs = None, []
+    for token in x.unbind(1):
+        output, cache = layer.step(token, cache)
+        outputs.append(output)
+    assert relative_error(torch.stack(outputs, 1), y) <= 1e-5
+
+
+@pytest.mark.parametrize("slug", ttr.atlas)
+def test_mixed_precision_stays_near_single(slug: str) -> None:
+    torch.manual_seed(0)
+    layer = RegressionLayer(slug, 32, 2)
+    x = torch.randn(2, 40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.isfinite().all()
+    assert relative_error(y, layer(x)) <= 0.05
+
+
+def test_the_short_convolution_is_causal_and_goes_on() -> None:
+    torch.manual_seed(0)
+    convolution = ShortConvolution(6, 4)
+    x = torch.randn(2, 10, 6)
+    whole, _ = convolution(x)
+    first, past = convolution(x[:, :1])
+    rest, _ = convolution(x[:, 1:], past)
+    assert relative_error(torch.cat([first, rest], 1), whole) <= 1e-6
+    changed = x.clone()
+    changed[:, 7:] = 0
+    assert convolution(changed)[0][:, :7].equal(whole[:, :7])
+    taps = convolution.filter.weight.squeeze(1)  # newest tap last
+    expected = torch.nn.functional.silu(sum(taps[:, 3 - j] * x[:, 5 - j] for j in range(4)))
+    assert relative_error(whole[:, 5], expected) <= 1e-6
+
+
+def test_a_step_size_of_two_is_reachable_only_where_allowed() -> None:
+    for largest in (1.0, 2.0):
+        layer = RegressionLayer("delta_net", 8, 2, max_step_size=largest)
+        torch.nn.init.constant_(layer.inputs["step_size"].bias, 20.0)
+        seen = largest * layer.inputs["step_size"](torch.randn(1, 3, 8))
+        torch.testing.assert_close(seen, torch.full((1, 3, 2), largest), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "num_heads: expected a divisor of d_model=24, got 5"),
+        ({"num_heads": 0}, "num_heads: expected a divisor of d_model=24, got 0"),
+        ({"conv_on": "qx"}, "conv_on: expected letters of \"qkv\", got 'qx'"),
+        ({"conv_width": 0}, "width: expected at least 1, got 0"),
+        ({"max_step_size": 3.0}, "max_step_size: expected a number in (0, 2], got 3.0"),
+        ({"design": "delta"}, "design: expected one of linear_attention"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RegressionLayer(**({"design": "delta_net", "d_model": 24, "num_heads": 2} | options))

@@ -1,0 +1,93 @@
+r"""How a memory reads as equations: what it writes at step t and what it answers, in LaTeX.
+
+A rule is a list of lines `left &= right`; each optimizer has its own, filled in by the other choices.
+"""
+
+from __future__ import annotations
+
+from ttr._choices import (
+    Exact,
+    GradientDescent,
+    Hebbian,
+    Identity,
+    Linear,
+    LocalPolynomial,
+    Loss,
+    Optimizer,
+    Regressor,
+    Weights,
+)
+
+
+def update_rule(weights: Weights, regressor: Regressor, optimizer: Optimizer, loss: Loss) -> list[str]:
+    """The lines of the memory that these choices make."""
+    if isinstance(regressor, LocalPolynomial):
+        return _local(weights, regressor.degree)
+    assert isinstance(regressor, Linear)
+    identity = isinstance(regressor.feature_map, Identity)
+    phi = "%s" if identity else r"\phi(%s)"
+    if isinstance(optimizer, Hebbian):
+        lines = _hebbian(weights, optimizer, phi)
+    elif isinstance(optimizer, Exact):
+        lines = _exact(weights, optimizer, phi)
+    else:
+        assert isinstance(optimizer, GradientDescent)
+        lines = _gradient_descent(weights, optimizer, loss, phi)
+    return lines if identity else [*lines, rf"\phi(x) &= {regressor.feature_map.formula}"]
+
+
+def _hebbian(weights: Weights, optimizer: Hebbian, phi: str) -> list[str]:
+    key, past, query = (phi % name for name in ("k_t", "k_i", "q_t"))
+    if weights.recursive:
+        memory = rf"{weights.old}S_{{t-1}} + {weights.new}{key} v_t^\top"
+        total = rf"{weights.old}z_{{t-1}} + {weights.new}{key}"
+    else:
+        memory, total = (rf"\sum_{{i\le t}} \gamma_i^{{(t)}} {past}{value}" for value in (r" v_i^\top", ""))
+    lines = [f"S_t &= {memory}"]
+    if not weights.recursive:
+        lines.append(rf"\gamma_i^{{(t)}} &= {weights.formula}")
+    if not optimizer.normalize:
+        return [*lines, rf"y_t &= S_t^\top {query}"]
+    return [*lines, f"z_t &= {total}", rf"y_t &= S_t^\top {query} \big/ z_t^\top {query}"]
+
+
+def _exact(weights: Weights, optimizer: Exact, phi: str) -> list[str]:
+    past, query = phi % "k_i", phi % "q_t"
+    ridge = r"\gamma_0^{(t)} \Lambda" if optimizer.ridge_decays and weights.old else r"\Lambda"
+    moment = rf"\sum_{{i\le t}} \gamma_i^{{(t)}} {past} {past}^\top + {ridge}"
+    fit = rf"\Bigl({moment}\Bigr)^{{-1}} \sum_{{i\le t}} \gamma_i^{{(t)}} {past} v_i^\top"
+    return [f"S_t &= {fit}", rf"\gamma_i^{{(t)}} &= {weights.formula}", rf"y_t &= S_t^\top {query}"]
+
+
+def _gradient_descent(weights: Weights, optimizer: GradientDescent, loss: Loss, phi: str) -> list[str]:
+    several = optimizer.steps > 1
+    step = "t,j" if several else "t"
+    key, value, gain = phi % f"k_{{{step}}}", f"v_{{{step}}}", f"g_{{{step}}}"
+    formula = optimizer.gain.formula.replace("k_t", key).replace("k_i", phi % "k_i").replace("_t", f"_{{{step}}}")
+    before = "S" if several else r"\bar S_t" if weights.old else "S_{t-1}"
+    error = loss.influence % rf"\bigl({value} - {before}^\top {key}\bigr)"
+    correction = rf"{weights.new}{gain} {error}^\top"
+    if several:
+        lines = [
+            rf"S &\leftarrow {weights.old}S_{{t-1}}",
+            rf"S &\leftarrow S + {correction} \quad (j = 1, \dots, {optimizer.steps})",
+            r"S_t &= S",
+        ]
+    else:
+        lines = [rf"\bar S_t &= {weights.old}S_{{t-1}}"] if weights.old else []
+        if optimizer.momentum:
+            lines += [rf"M_t &= \eta_t M_{{t-1}} + {correction}", f"S_t &= {before} + M_t"]
+        else:
+            lines += [f"S_t &= {before} + {correction}"]
+    return [*lines, f"{gain} &= {formula}", rf"y_t &= S_t^\top {phi % 'q_t'}"]
+
+
+def _local(weights: Weights, degree: int) -> list[str]:
+    lines = [rf"w_i &\propto {weights.formula}"]
+    if degree == 0:
+        return [r"y_t &= \sum_{i\le t} w_i v_i", *lines]
+    if degree == 1:
+        slope = r"\operatorname{Cov}_w(v, k)\,(\operatorname{Cov}_w(k, k) + \lambda I)^{-1}(q_t - \mathbb E_w k)"
+        return [rf"y_t &= \mathbb E_w v + {slope}", *lines]
+    fit = r"\sum_{i\le t} w_i \lVert v_i - c - B\,\psi(k_i - q_t)\rVert^2 + \lambda\lVert B\rVert^2"
+    return [rf"y_t &= \arg\min_c \min_B {fit}", r"\psi(x) &= [x,\, \operatorname{vech}(x x^\top)]", *lines]
