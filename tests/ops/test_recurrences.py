@@ -1,7 +1,8 @@
-"""The two recurrent families against their recurrences, token by token in float64, and the properties they must have."""
+"""The two recurrent families against their recurrences in float64, and the properties they must have."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -59,6 +60,15 @@ def arguments(op: str, decay: str, time: int, *, strength: float = 1.0, seed: in
     return a
 
 
+def is_state(name: str) -> bool:
+    return name.startswith("initial")
+
+
+def on_sequences(a: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with the function applied to all that have a time axis."""
+    return {name: x if x is None or is_state(name) else function(x) for name, x in a.items()}
+
+
 def run(op: str, a: Arguments, **how: object) -> tuple[Tensor, ...]:
     y, state = getattr(ops, op)(**a, **how)
     return (y, *state) if isinstance(state, tuple) else (y, state)
@@ -87,11 +97,7 @@ def test_equals_its_recurrence(op: str, decay: str, chunk_size: int, time: int) 
 @each_case
 def test_gradients_of_every_argument(op: str, decay: str) -> None:
     a = arguments(op, decay, 5)
-    a = {
-        name: None if x is None else x[:1, :, :1] if x.ndim > 2 and name[:7] != "initial" else x
-        for name, x in a.items()
-    }
-    a |= {name: x[:1, :1] for name, x in a.items() if name.startswith("initial")}
+    a = on_sequences(a, lambda x: x[:1, :, :1]) | {name: x[:1, :1] for name, x in a.items() if is_state(name)}
     names = [name for name, x in a.items() if x is not None]
     leaves = [a[name].clone().requires_grad_() for name in names]
 
@@ -144,11 +150,11 @@ def test_strong_decay_loses_no_digit(op: str, decay: str, where: str) -> None:
 def test_split_anywhere_equals_whole(op: str, decay: str, cuts: set[int], chunk_size: int) -> None:
     a = arguments(op, decay, 40)
     whole, *final = run(op, a)
-    states = {name: x for name, x in a.items() if name.startswith("initial")}
+    states = {name: x for name, x in a.items() if is_state(name)}
     outputs = []
     edges = [0, *sorted(cuts), 40]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        part = {name: x if x is None or name in states else x[:, start:stop] for name, x in a.items()}
+    for start, stop in itertools.pairwise(edges):
+        part = on_sequences(a, lambda x, span=slice(start, stop): x[:, span])
         y, *after = run(op, part | states, chunk_size=chunk_size)
         states = dict(zip(states, after, strict=True))
         outputs.append(y)
@@ -165,7 +171,7 @@ def test_the_future_and_other_sequences_never_matter(op: str, decay: str) -> Non
     gradients = torch.autograd.grad(y[0, 11].sum(), list(leaves.values()), allow_unused=True)
     for name, gradient in zip(leaves, gradients, strict=True):
         assert gradient[1].eq(0).all(), name
-        if not name.startswith("initial"):
+        if not is_state(name):
             assert gradient[0, 12:].eq(0).all(), name
             assert name == "q" or gradient[0, :11].ne(0).any(), name
 
@@ -173,21 +179,17 @@ def test_the_future_and_other_sequences_never_matter(op: str, decay: str) -> Non
 @each_case
 def test_degenerate_keys_and_lengths(op: str, decay: str) -> None:
     a = arguments(op, decay, 12)
-    empty = {n: x if x is None or n.startswith("initial") else x[:, :0] for n, x in a.items()}
-    y, *states = run(op, empty)
+    y, *states = run(op, on_sequences(a, lambda x: x[:, :0]))
     assert y.shape == (BATCH, 0, HEADS, VALUE)
-    for name, state in zip((n for n in a if n.startswith("initial")), states, strict=True):
+    for name, state in zip(filter(is_state, a), states, strict=True):
         assert state.equal(a[name])
 
     for k in (torch.zeros_like(a["k"]), a["k"][:, :1].expand_as(a["k"])):
         changed = a | {"k": k} | ({"gain": k.clone()} if "gain" in a else {})
         assert relative_error(run(op, changed)[0], recurrence(changed)[0]) <= 1e-13
-    one_head = {
-        name: None if x is None else x[:, :1] if name.startswith("initial") else x[:, :, :1] for name, x in a.items()
-    }
+    one_head = on_sequences(a, lambda x: x[:, :, :1]) | {name: x[:, :1] for name, x in a.items() if is_state(name)}
     assert relative_error(run(op, one_head)[0], run(op, a)[0][:, :, :1]) <= 1e-13
-    backwards = {n: x if x is None or n.startswith("initial") else x.flip(1).contiguous().flip(1) for n, x in a.items()}
-    strided = {n: x if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in backwards.items()}
+    strided = on_sequences(a, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1))
     assert not strided["k"].is_contiguous()
     assert relative_error(run(op, strided)[0], run(op, a)[0]) <= 1e-13
 
@@ -205,8 +207,7 @@ def test_reflections_stay_bounded() -> None:
 @each_case
 def test_half_precision_inputs_keep_float32_states(op: str, decay: str, dtype: torch.dtype) -> None:
     a = arguments(op, decay, 75)
-    half = {n: x if x is None or n.startswith("initial") else x.to(dtype) for n, x in a.items()}
-    half = {n: x.float() if n.startswith("initial") else x for n, x in half.items()}
+    half = on_sequences(a, lambda x: x.to(dtype)) | {name: x.float() for name, x in a.items() if is_state(name)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, state, *_ = run(op, half)
     assert y.dtype == dtype
