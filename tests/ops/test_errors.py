@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
@@ -88,13 +87,3 @@ def test_values_are_not_read_while_compiling(monkeypatch: pytest.MonkeyPatch) ->
     """A value check would break the graph; it must be skipped, not fail, where `torch.compile` traces."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     ops.delta_rule(**arguments(log_decay=torch.full((2, 6, 3), 0.1)))
-
-
-def test_triton_on_cpu_tensors_says_what_to_do() -> None:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
-    if "ttr_kernels" in sys.modules and torch.cuda.is_available():
-        pytest.skip("the kernel takes these tensors where there is a GPU or the interpreter")
-    a = arguments(backend="triton")
-    del a["gain"]
-    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        ops.linear_attention(**a)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
@@ -18,7 +17,7 @@ def uses_triton(backend: Backend, x: Tensor, missing: str | None) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return x.is_cuda and missing is None and x.dtype != torch.float64 and find_spec("triton") is not None
+        return x.is_cuda and missing is None and find_spec("triton") is not None
     if missing is not None:
         raise ValueError(f'backend: expected "auto" or "torch" for {missing}, which has no kernel, got "triton"')
     return True

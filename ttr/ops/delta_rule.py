@@ -104,7 +104,8 @@ def momentum_delta_rule(
     Raises:
         ValueError: as `delta_rule`, and for a positive or non-finite log_momentum.
 
-    The linear case of Behrouz et al. (2025, Titans), eq. 9–10 and 13.
+    The linear case of Behrouz et al. (2025, Titans), eq. 13–14, but for the error: theirs is that of S_{t−1}, this one
+    that of S̄_t. Huang et al. (2026) take the same error, and scale M_t by a second gate where S_t takes it in.
     """
     states = {"initial_state": initial_state, "initial_momentum": initial_momentum}
     _check(q, k, v, gain, log_decay, chunk_size, backend, log_momentum=log_momentum, **states)

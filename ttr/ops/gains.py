@@ -30,7 +30,7 @@ def lms(k: Keys, step_size: StepSize) -> Keys:
 def nlms(k: Keys, step_size: StepSize, epsilon: float = 1e-6) -> Keys:
     r"""Normalised step: :math:`g_t = \beta_t k_t / (\varepsilon + \lVert k_t\rVert^2)`; β = 1 is Kaczmarz' projection.
 
-    Raises `ValueError` as `lms`, and for epsilon ≤ 0. Nagumo & Noda (1967), eq. 8; Kaczmarz (1937).
+    Raises `ValueError` as `lms`, and for epsilon ≤ 0. Nagumo & Noda (1967); Kaczmarz (1937).
     """
     _check(k, step_size)
     if not epsilon > 0:
@@ -42,7 +42,7 @@ def implicit(k: Keys, step_size: StepSize) -> Keys:
     r"""Implicit (proximal) step: :math:`g_t = \beta_t k_t / (1 + \beta_t \lVert k_t\rVert^2)`.
 
     The gradient is taken at the new memory, so no step size is too large. Raises `ValueError` as `lms`.
-    Liu et al. (2024, Longhorn), eq. 8–10.
+    Liu et al. (2024, Longhorn), before their layer puts a diagonal matrix in the place of kkᵀ.
     """
     _check(k, step_size)
     return k * (step_size / (1 + step_size * k.square().sum(-1))).unsqueeze(-1)
@@ -90,7 +90,7 @@ def recursive_least_squares(
     formed: time·key² numbers and time·key³ operations a head.
 
     Returns the gain and the final G. Raises `ValueError` for a wrong shape, a ridge ≤ 0, a positive or
-    non-finite log_decay. Plackett (1950).
+    non-finite log_decay. Plackett (1950) without decay; Haykin (2002) with it.
     """
     _check(k, None, ridge, log_decay, initial_curvature=(initial_curvature, "batch heads key key"))
     batch, _, heads, key = k.shape

@@ -16,6 +16,8 @@ from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, zero_state
 
+KERNEL_HEAD_SIZE = 256
+
 
 def linear_attention(
     q: Float[Tensor, "batch time heads key"],
@@ -38,7 +40,7 @@ def linear_attention(
         log_decay: :math:`\ell_t \le 0`, the natural log of the factor on the old state, one a head or one a
             channel of the key; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
-        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result. The kernel has its own.
         backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
             "triton" force one.
 
@@ -49,7 +51,7 @@ def linear_attention(
         ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
             backend "triton" where no kernel takes these arguments.
 
-    Katharopoulos et al. (2020), eq. 16–18; with a decay per head Dao & Gu (2024), per channel Yang et al. (2023).
+    Katharopoulos et al. (2020), eq. 18; with a decay per head Dao & Gu (2024), per channel Yang et al. (2023).
     """
     check_shapes(
         q=(q, "batch time heads key"),
@@ -61,9 +63,17 @@ def linear_attention(
     check_range("log_decay", log_decay, high=0.0)
     check_chunk_size(chunk_size)
     state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
-    missing = "a decay per channel" if log_decay is not None and log_decay.ndim == 4 else None
-    compute = _TritonForward.apply if uses_triton(backend, q, missing) else _in_torch
+    compute = _TritonForward.apply if uses_triton(backend, q, _without_kernel(q, v, log_decay)) else _in_torch
     return compute(q, k, v, log_decay, state, chunk_size)
+
+
+def _without_kernel(q: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
+    """What about these arguments no kernel computes."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return "a decay per channel"
+    if max(q.shape[-1], v.shape[-1]) > KERNEL_HEAD_SIZE:
+        return f"heads of more than {KERNEL_HEAD_SIZE} channels"
+    return "float64" if v.dtype == torch.float64 else None
 
 
 def _in_torch(
@@ -94,7 +104,8 @@ class _TritonForward(torch.autograd.Function):
 
         ctx.save_for_backward(q, k, v, log_decay, state)
         ctx.chunk_size = chunk_size
-        return linear_attention_forward(q, k, v, log_decay, state, chunk_size=chunk_size)
+        log_decay = None if log_decay is None else log_decay.float()
+        return linear_attention_forward(q.to(v.dtype), k.to(v.dtype), v, log_decay, state)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
