@@ -35,6 +35,8 @@ UNNAMED_FAST = [
     Design(ttr.ContinuousDecay() * Decay(per="channel"), optimizer=GradientDescent(NLMS(), steps=3)),
     Design(Decay(), optimizer=GradientDescent(ttr.DiagonalNewton(), momentum=True)),
     Design(ttr.ContinuousDecay(), optimizer=Exact()),
+    Design(ttr.ContinuousDecay(), optimizer=GradientDescent(ttr.DiagonalNewton(), steps=2)),
+    Design(ttr.ContinuousDecay(), optimizer=GradientDescent(ttr.Implicit())),
 ]
 UNNAMED_SLOW = [
     Design(Decay(), optimizer=GradientDescent(), loss=Huber(0.5)),

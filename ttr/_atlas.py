@@ -84,7 +84,7 @@ ROWS = (
     ),
     _row(
         "recursive_least_squares", "Recursive least squares", 1950, "plackett1950some",
-        Design(Decay(), optimizer=Exact()), Design(optimizer=Exact()),
+        Design(optimizer=Exact()), Design(Decay(), optimizer=Exact()),
     ),
 )  # fmt: skip
 

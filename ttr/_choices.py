@@ -39,8 +39,9 @@ class Choice:
 
     def __str__(self) -> str:
         defaults = {field.name: field.default for field in fields(cast(Any, self))}
-        changed = [f"{name}={value}" for name, value in self._values().items() if value != defaults[name]]
-        return f"{type(self).__name__}({', '.join(changed)})"
+        changed = {name: value for name, value in self._values().items() if value != defaults[name]}
+        shown = [f"{name}={value if isinstance(value, Choice) else repr(value)}" for name, value in changed.items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _require(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from ttr import ops, oracle
 from ttr._choices import (
-    LMS,
     NLMS,
     Decay,
     DiagonalNewton,
     Exact,
-    Gain,
     GradientDescent,
     Hebbian,
     Implicit,
@@ -123,31 +121,47 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
 def _error_correction(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
     q, k, v, inputs = tensors
     optimizer: GradientDescent = design.optimizer  # type: ignore[assignment]
-    log_decay, importance = forgetting(design.weights, inputs, k)
+    log_decay, importance = forgetting(design.weights, inputs, q)
     step_size = inputs["step_size"]
-    if importance is not None:
-        step_size = step_size * (importance if optimizer.steps == 1 else importance.unsqueeze(2))
     if optimizer.steps > 1:
-        q, k, v, step_size, log_decay = _unroll(optimizer.steps, q, k, v, step_size, log_decay)
-    gain, curvature = GAINS[type(optimizer.gain)](optimizer.gain, k, step_size, log_decay, inputs, state.curvature)
+        # Each step a token of its own: the memory forgets before a token's first step and is read after its last.
+        q = q.repeat_interleave(optimizer.steps, dim=1)
+        k, v, step_size = (x.flatten(1, 2) for x in (k, v, step_size))
+        if log_decay is not None:
+            rest = [torch.zeros_like(log_decay)] * (optimizer.steps - 1)
+            log_decay = torch.stack([log_decay, *rest], dim=2).flatten(1, 2)
+        if importance is not None:
+            importance = importance.repeat_interleave(optimizer.steps, dim=1)
+    if importance is not None:
+        step_size = step_size * importance
+
+    curvature = None
+    if isinstance(optimizer.gain, DiagonalNewton):
+        gain, curvature = ops.gains.diagonal_newton(
+            k, step_size, inputs["ridge"], log_decay, weight=importance, initial_curvature=state.curvature
+        )
+    elif isinstance(optimizer.gain, NLMS):
+        gain = ops.gains.nlms(k, step_size, optimizer.gain.epsilon)
+    elif isinstance(optimizer.gain, Implicit):
+        gain = ops.gains.implicit(k, step_size)
+    else:
+        gain = ops.gains.lms(k, step_size)
+
     if optimizer.momentum:
         y, (memory, momentum) = ops.momentum_delta_rule(
-            q, k, v, gain, inputs["log_momentum"], log_decay,
-            initial_state=state.memory, initial_momentum=state.momentum, **how,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            gain,
+            inputs["log_momentum"],
+            log_decay,
+            initial_state=state.memory,
+            initial_momentum=state.momentum,
+            **how,
+        )
         return y, State(memory=memory, momentum=momentum, curvature=curvature)
     y, memory = ops.delta_rule(q, k, v, gain, log_decay, initial_state=state.memory, **how)
     return y[:, optimizer.steps - 1 :: optimizer.steps], State(memory=memory, curvature=curvature)
-
-
-def _unroll(
-    steps: int, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Each step becomes a token of its own; the memory decays at a token's first step and is read at its last."""
-    if log_decay is not None:
-        log_decay = torch.stack([log_decay, *[torch.zeros_like(log_decay)] * (steps - 1)], dim=2).flatten(1, 2)
-    k, v, step_size = (x.flatten(1, 2) for x in (k, v, step_size))
-    return q.repeat_interleave(steps, dim=1), k, v, step_size, log_decay
 
 
 def _recursive_least_squares(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
@@ -161,14 +175,3 @@ def _recursive_least_squares(design: Design, tensors: Prepared, state: State, **
     # Forgetting acts on both sides of the normal equations and cancels: the fitted map itself does not decay.
     y, memory = ops.delta_rule(q, k, v, gain, initial_state=state.memory, **how)
     return y, State(memory=memory, curvature=curvature)
-
-
-# The gain of each optimizer's choice: (choice, k, step_size, log_decay, inputs, curvature) → (gain, curvature).
-GAINS: dict[type[Gain], Callable[..., tuple[Tensor, Tensor | None]]] = {
-    LMS: lambda _, k, step_size, *rest: (ops.gains.lms(k, step_size), None),
-    NLMS: lambda gain, k, step_size, *rest: (ops.gains.nlms(k, step_size, gain.epsilon), None),
-    Implicit: lambda _, k, step_size, *rest: (ops.gains.implicit(k, step_size), None),
-    DiagonalNewton: lambda _, k, step_size, log_decay, inputs, curvature: ops.gains.diagonal_newton(
-        k, step_size, inputs["ridge"], log_decay, initial_curvature=curvature
-    ),
-}

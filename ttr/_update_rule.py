@@ -65,8 +65,10 @@ def _gradient_descent(weights: Weights, optimizer: GradientDescent, loss: Loss, 
     key, value, gain = phi % f"k_{{{step}}}", f"v_{{{step}}}", f"g_{{{step}}}"
     formula = optimizer.gain.formula.replace("k_t", key).replace("k_i", phi % "k_i").replace("_t", f"_{{{step}}}")
     before = "S" if several else r"\bar S_t" if weights.old else "S_{t-1}"
+    # The weight of a new pair scales the step wherever the step stands.
+    formula = formula.replace(r"\beta", weights.new + r"\beta")
     error = loss.influence % rf"\bigl({value} - {before}^\top {key}\bigr)"
-    correction = rf"{weights.new}{gain} {error}^\top"
+    correction = rf"{gain} {error}^\top"
     if several:
         lines = [
             rf"S &\leftarrow {weights.old}S_{{t-1}}",

@@ -144,7 +144,7 @@ def _gradient_descent(
                 return design.loss(value - _read(memory, key)).sum()
 
             gradient = torch.func.grad(loss)(memory)
-            curvature = curvature + key.square()
+            curvature = curvature + importance[:, t].unsqueeze(-1) * key.square()
             step = -_in_metric(optimizer.gain, gradient, size, key, curvature, inputs)
             if optimizer.momentum:
                 momentum = inputs["log_momentum"][:, t].exp()[..., None, None] * momentum + step

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from ttr._choices import Exact
 from ttr._design import Design
 
 
@@ -35,7 +36,7 @@ class _Projection(nn.Module):
 
 
 class TimeStep(_Projection):
-    """Δ = softplus(Wx + b), starting log-uniform in [0.001, 0.1]. Gu & Dao (2023), section 3.6."""
+    """Δ = softplus(Wx + b), starting log-uniform in [0.001, 0.1]. Dao & Gu (2024), in their code."""
 
     def initial_bias(self, size: int) -> Tensor:
         start = torch.empty(size).uniform_(math.log(1e-3), math.log(0.1)).exp()
@@ -46,7 +47,7 @@ class TimeStep(_Projection):
 
 
 class Rate(nn.Module):
-    """a > 0, starting uniform in [1, 16]. Dao & Gu (2024)."""
+    """a > 0, starting uniform in [1, 16]. Dao & Gu (2024), in their code."""
 
     def __init__(self, d_model: int, shape: tuple[int, ...]):
         super().__init__()
@@ -83,10 +84,14 @@ class FixedLogDecay(nn.Module):
 
 
 class StepSize(_Projection):
-    """β = σ(Wx + b), to be scaled to the largest step allowed."""
+    """β = largest · σ(Wx + b)."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...], largest: float):
+        super().__init__(d_model, shape)
+        self.largest = largest
 
     def squash(self, x: Tensor) -> Tensor:
-        return x.sigmoid()
+        return self.largest * x.sigmoid()
 
 
 class LogMomentum(_Projection):
@@ -100,14 +105,15 @@ class LogMomentum(_Projection):
 
 
 class Ridge(nn.Module):
-    """λ = softplus(b) + 0.25, starting at 1. Von Oswald et al. (2025) keep the ridge from 0.25."""
+    """λ = softplus(b) + least, starting 0.75 above the least."""
 
-    def __init__(self, d_model: int, shape: tuple[int, ...]):
+    def __init__(self, d_model: int, shape: tuple[int, ...], least: float):
         super().__init__()
+        self.least = least
         self.bias = nn.Parameter(torch.full(shape, math.log(math.expm1(0.75))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return softplus(self.bias) + 0.25
+        return softplus(self.bias) + self.least
 
 
 MODULES: dict[tuple[str, bool], type[nn.Module]] = {
@@ -121,10 +127,18 @@ MODULES: dict[tuple[str, bool], type[nn.Module]] = {
 }
 
 
-def input_modules(design: Design, d_model: int, sizes: dict[str, int]) -> nn.ModuleDict:
+# An exact fit's least ridge is that of von Oswald et al. (2025).
+LEAST_RIDGE = 0.25
+
+
+def input_modules(design: Design, d_model: int, sizes: dict[str, int], max_step_size: float) -> nn.ModuleDict:
     """A module for exactly the inputs that the design declares, by name; each maps tokens to its input."""
+    # A step of the diagonal Newton gain turns the memory by 1 − kᵀg ≥ 1 − β/λ at unit keys: λ ≥ β/2 keeps it stable.
+    least_ridge = LEAST_RIDGE if isinstance(design.optimizer, Exact) else max_step_size / 2
+    settings = {"step_size": {"largest": max_step_size}, "ridge": {"least": least_ridge}}
     modules = {}
     for name, axes in design.inputs.items():
-        own = [axis for axis in axes.split() if axis not in ("batch", "time")]
-        modules[name] = MODULES[name, "time" in axes.split()](d_model, tuple(sizes[axis] for axis in own))
+        timed = "time" in axes.split()
+        shape = tuple(sizes[axis] for axis in axes.split() if axis not in ("batch", "time"))
+        modules[name] = MODULES[name, timed](d_model, shape, **settings.get(name, {}))
     return nn.ModuleDict(modules)

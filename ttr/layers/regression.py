@@ -74,8 +74,6 @@ class RegressionLayer(nn.Module):
             raise ValueError(f"max_step_size: expected a number in (0, 2], got {max_step_size}")
         key_dim = key_dim or d_model // num_heads
         value_dim = value_dim or d_model // num_heads
-        self.max_step_size = max_step_size
-
         optimizer = self.design.optimizer
         steps = optimizer.steps if isinstance(optimizer, GradientDescent) else 1
         pairs = (steps,) if steps > 1 else ()
@@ -88,7 +86,7 @@ class RegressionLayer(nn.Module):
         self.projections = nn.ModuleDict({n: nn.Linear(d_model, width, bias=False) for n, width in widths.items()})
         self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in "qkv" if n in conv_on})
         sizes = {"heads": num_heads, "key": self.design.feature_map.size(key_dim), "steps": steps}
-        self.inputs = input_modules(self.design, d_model, sizes)
+        self.inputs = input_modules(self.design, d_model, sizes, max_step_size)
         compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
         needs_temperature = compares or self.design.feature_map != Identity()
         log_temperature = torch.full((num_heads, 1), key_dim**0.5).log()
@@ -125,8 +123,6 @@ class RegressionLayer(nn.Module):
             scale = (self.log_temperature / 2).exp()
             q, k, v = scale * q, scale * k, v.to(scale.dtype)
         inputs = {name: module(x) for name, module in self.inputs.items()}
-        if "step_size" in inputs:
-            inputs["step_size"] = self.max_step_size * inputs["step_size"]
         y, state = regress(self.design, q, k, v, state=cache.state, **inputs)
         y = self.norm(y.to(self.norm.weight.dtype)).flatten(2)
         if self.gate is not None:

@@ -54,20 +54,27 @@ def diagonal_newton(
     ridge: Float[Tensor, "heads key"],
     log_decay: Float[Tensor, "batch time heads"] | Keys | None = None,
     *,
+    weight: Float[Tensor, "batch time heads"] | None = None,
     initial_curvature: Float[Tensor, "batch heads key"] | None = None,
 ) -> tuple[Keys, Float[Tensor, "batch heads key"]]:
     r"""A step a channel, by the diagonal of the keys' second moment.
 
-    .. math:: g_t = \beta_t\, k_t \oslash (\lambda + p_t), \qquad p_t = e^{\ell_t} \odot p_{t-1} + k_t \odot k_t
+    .. math:: g_t = \beta_t\, k_t \oslash (\lambda + p_t), \qquad p_t = e^{\ell_t} \odot p_{t-1} + w_t\, k_t \odot k_t
 
-    Returns the gain and the final p. Raises `ValueError` as `lms`, and for a ridge ≤ 0.
+    At unit keys :math:`\lambda \ge \beta/2` keeps the delta rule stable. Returns the gain and the final p. Raises
+    `ValueError` as `lms`, for a ridge ≤ 0 and a weight < 0.
     """
-    _check(k, step_size, ridge, log_decay, initial_curvature=(initial_curvature, "batch heads key"))
+    states = {"initial_curvature": (initial_curvature, "batch heads key")}
+    _check(k, step_size, ridge, log_decay, weight=(weight, "batch time heads"), **states)
+    check_range("weight", weight, low=0.0)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay.unsqueeze(-1)
     if initial_curvature is None:
         initial_curvature = k.new_zeros(k.shape[0], *k.shape[2:], dtype=state_dtype(k))
-    curvature = decayed_sum(k.to(initial_curvature.dtype).square(), log_decay, initial_curvature)
+    moment = k.to(initial_curvature.dtype).square()
+    if weight is not None:
+        moment = weight.unsqueeze(-1) * moment
+    curvature = decayed_sum(moment, log_decay, initial_curvature)
     gain = step_size.unsqueeze(-1) * k / (ridge + curvature)
     return gain, curvature[:, -1] if k.shape[1] else initial_curvature
 
@@ -112,14 +119,14 @@ def _check(
     step_size: Tensor | None,
     ridge: Tensor | None = None,
     log_decay: Tensor | None = None,
-    **states: tuple[Tensor | None, str],
+    **others: tuple[Tensor | None, str],
 ) -> None:
     check_shapes(
         k=(k, "batch time heads key"),
         step_size=(step_size, "batch time heads"),
         ridge=(ridge, "heads key"),
         log_decay=(log_decay, decay_axes(log_decay)),
-        **states,
+        **others,
     )
     check_range("step_size", step_size, low=0.0)
     check_range("ridge", ridge, low=0.0, open_low=True)

@@ -1,0 +1,125 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The design space
+#
+# Which memories have been published, which have not, and what is the difference between two of them?
+#
+# A memory is a choice on four axes: the *weights* of past pairs, the *regressor* that is fitted, the *optimizer*
+# that (nearly) solves the fit, and the *loss*. The table below is made from `ttr.atlas`. Type a word or choose on an
+# axis to narrow it. Every row runs and trains: copy its line of code, and give it the inputs it names.
+
+# %% tags=["parameters", "remove-cell"]
+scale = "smoke"
+device = "cpu"
+
+# %% tags=["remove-cell"]
+from collections import Counter
+from html import escape
+
+from IPython.display import HTML
+
+import ttr
+from ttr.book import record
+
+AXES = ("weights", "regressor", "optimizer", "loss")
+cells = list(ttr.atlas.cells())
+unnamed = [design for design in cells if design.name is None]
+
+# %% tags=["remove-cell"]
+record("space_published", len(ttr.atlas))
+record("space_cells", len(cells))
+record("space_named", len(cells) - len(unnamed))
+record("space_unnamed", len(unnamed))
+assert all(design in cells for design in ttr.atlas.values())
+
+
+# %% tags=["hide-input"]
+def code(design):
+    """The line that makes this design: by its slug where it has one, else by its choices."""
+    publication = design.publication
+    if publication and ttr.atlas[publication.slug] == design:
+        return f'ttr.atlas["{publication.slug}"]'
+    default = ttr.Design()
+    changed = [f"{axis}={getattr(design, axis)}" for axis in AXES if getattr(design, axis) != getattr(default, axis)]
+    return f"Design({', '.join(changed)})"
+
+
+def row(design):
+    publication = design.publication
+    name = f"{publication.name} ({publication.year})" if publication else "no published name"
+    rule = (
+        f'<div class="math notranslate nohighlight">\\[{escape(design.update_rule())}\\]</div>' if publication else ""
+    )
+    inputs = ", ".join(design.inputs) or "none"
+    data = "".join(f' data-{axis}="{escape(str(choice))}"' for axis, choice in zip(AXES, design.choices, strict=True))
+    choices = "".join(f"<td>{escape(str(choice).replace('()', ''))}</td>" for choice in design.choices)
+    detail = f"{rule}<p>Inputs: {inputs}.</p><p><code>{escape(code(design))}</code></p>"
+    return (
+        f'<tr data-published="{"yes" if publication else "no"}"{data}>'
+        f'<th scope="row"><details><summary>{escape(name)}</summary>{detail}</details></th>{choices}</tr>'
+    )
+
+
+def select(axis):
+    counts = Counter(str(getattr(design, axis)) for design in cells)
+    options = "".join(f'<option value="{escape(choice)}">{escape(choice)}</option>' for choice in counts)
+    return f'<label>{axis} <select data-axis="{axis}"><option value="">any</option>{options}</select></label>'
+
+
+published_first = sorted(cells, key=lambda design: design.publication is None)
+HTML(
+    '<div class="ttr-atlas"><div class="ttr-atlas-filters">'
+    '<label>search <input type="search" data-search></label>'
+    + "".join(map(select, AXES))
+    + '<label><input type="checkbox" data-unnamed> show cells without a name</label></div>'
+    '<p role="status" data-count></p>'
+    '<div class="ttr-atlas-scroll" tabindex="0" role="region" aria-label="Design space"><table>'
+    '<thead><tr><th scope="col">memory</th>'
+    + "".join(f'<th scope="col">{axis}</th>' for axis in AXES)
+    + "</tr></thead>"
+    "<tbody>" + "".join(map(row, published_first)) + "</tbody></table></div></div>"
+    '<link rel="stylesheet" href="../_static/atlas.css"><script defer src="../_static/atlas.js"></script>'
+)
+
+# %% [markdown]
+# The table holds {glue:text}`space_cells` combinations that make sense; {glue:text}`space_published` names have been
+# published for {glue:text}`space_named` of them, and {glue:text}`space_unnamed` have no published name. A combination
+# that makes no sense is refused, with the two choices that clash:
+
+# %%
+try:
+    ttr.Design(weights=ttr.Kernel(), optimizer=ttr.GradientDescent())
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## What the choices mean
+#
+# Weights say how much each past pair counts. They multiply: `Kernel() * Decay()` counts pairs that are near the query
+# *and* recent. A design whose optimizer keeps one memory for all queries cannot use weights that change with the query.
+#
+# An empty cell is not a promise. It is a memory that nobody has named, that runs on its definition
+# (`ttr.oracle`, with a `ttr.SlowPathWarning`) or on a fast op, and that trains like any other:
+
+# %%
+robust = ttr.Design(ttr.Decay(), optimizer=ttr.GradientDescent(), loss=ttr.Huber())
+print(robust.name, "takes", robust.inputs)
+
+# %% tags=["hide-input"]
+from IPython.display import Math
+
+Math(robust.update_rule())
+
+# %% [markdown]
+# To cite the works behind a design, ask it: `print(robust.citation())`.
