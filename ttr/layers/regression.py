@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -22,8 +22,8 @@ from ttr.layers.inputs import input_modules
 class Cache:
     """What a layer remembers between tokens: the memory, and the convolutions' last inputs by "q", "k", "v"."""
 
-    state: State = field(default_factory=State)
-    past: dict[str, Tensor] = field(default_factory=dict)
+    state: State | None
+    past: dict[str, Tensor]
 
 
 class RegressionLayer(nn.Module):
@@ -110,7 +110,7 @@ class RegressionLayer(nn.Module):
         self, x: Float[Tensor, "batch time d_model"], cache: Cache | None = None
     ) -> tuple[Float[Tensor, "batch time d_model"], Cache]:
         """The layer on a stretch that goes on from a cache, and the cache after it."""
-        cache = cache or Cache()
+        cache = cache or Cache(state=None, past={})
         past: dict[str, Tensor] = {}
         projected = {}
         for name, projection in self.projections.items():
