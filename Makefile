@@ -1,0 +1,43 @@
+# make setup | book | test | lint | bench | clean     each target does its own set-up, in .venv
+# DEVICE=cuda SCALE=full make book                    the chapters at full size on a GPU
+
+PYTHON ?= python3
+DEVICE ?= cpu
+SCALE  ?= smoke
+JOBS   ?= 2
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+READY  := $(VENV)/.ready
+
+.PHONY: setup book test lint bench clean
+
+setup: $(READY)
+
+# torch comes first and alone: with it present, nothing that needs torch pulls another build of it.
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+book: $(READY)
+	$(BIN)/python book/execute.py --scale $(SCALE) --device $(DEVICE) --jobs $(JOBS)
+	$(BIN)/python book/build.py
+
+# One thread a worker: threads of several workers on the same cores wait for each other.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/ops.py --device $(DEVICE)
+
+clean:
+	rm -rf _build notebooks/*.ipynb .mypy_cache .pytest_cache .ruff_cache
