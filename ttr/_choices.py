@@ -429,7 +429,10 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """e²/2 up to |e| = δ, then δ|e| − δ²/2: an outlier pulls no harder than δ."""
+    r"""Squares to δ, then a line: :math:`\tfrac12 e^2` for :math:`|e| \le \delta`, then :math:`\delta|e| - \tfrac12\delta^2`.
+
+    An outlier pulls no harder than δ.
+    """
 
     delta: float = 1.0
 
@@ -447,7 +450,7 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class Lp(Loss):
-    """|e|^p / p."""
+    r"""A power of the error: :math:`|e|^p / p`."""
 
     p: float = 2.0
 

@@ -1,4 +1,4 @@
-"""`nn.Module`s around a design: projections, short convolutions, norms and gates."""
+"""Modules around a design: projections, short convolutions, norms and gates."""
 
 from ttr.layers.convolution import ShortConvolution
 from ttr.layers.regression import Cache, RegressionLayer
