@@ -429,9 +429,9 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    r"""Squares to δ, then a line: :math:`\tfrac12 e^2` for :math:`|e| \le \delta`, then :math:`\delta|e| - \tfrac12\delta^2`.
+    r"""A square up to δ, then a line: an outlier pulls no harder than δ.
 
-    An outlier pulls no harder than δ.
+    .. math:: \tfrac12 e^2 \text{ where } |e| \le \delta, \qquad \delta|e| - \tfrac12\delta^2 \text{ elsewhere}
     """
 
     delta: float = 1.0
