@@ -42,7 +42,8 @@ def tensors(time: int, device: str) -> dict[str, Tensor]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 # Each op on the tensors above, and its forward floating-point operations a token and head.

@@ -29,8 +29,10 @@ def main() -> int:
 
 
 def build() -> int:
-    # The contents decide which pages exist, an extension draws every page, a page may cite any chapter's number.
-    untracked = [ROOT / "_toc.yml", *ROOT.glob("book/_ext/*.py"), *BUILD.glob(".execute/*.json")]
+    # The contents decide which pages exist, an extension draws every page, a page may cite any chapter's number, and
+    # static files are copied only where a page is written.
+    static = [*ROOT.glob("book/_ext/*.py"), *ROOT.glob("book/_static/*")]
+    untracked = [ROOT / "_toc.yml", *static, *BUILD.glob(".execute/*.json")]
     made_from = digest(untracked)
     if IN_CI or recall(BUILT) != made_from:
         for folder in ("html", ".doctrees", "jupyter_execute"):

@@ -24,6 +24,7 @@ scale = "smoke"
 device = "cpu"
 
 # %% tags=["remove-cell"]
+import textwrap
 from collections import Counter
 from html import escape
 
@@ -55,6 +56,11 @@ def code(design):
     return f"Design({', '.join(changed)})"
 
 
+def breakable(choice):
+    """The choice as text that a narrow column may break."""
+    return escape(str(choice).replace("()", "")).replace("(", "(<wbr>").replace("=", "=<wbr>")
+
+
 def row(design):
     publication = design.publication
     name = f"{publication.name} ({publication.year})" if publication else "no published name"
@@ -63,7 +69,7 @@ def row(design):
     )
     inputs = ", ".join(design.inputs) or "none"
     data = "".join(f' data-{axis}="{escape(str(choice))}"' for axis, choice in zip(AXES, design.choices, strict=True))
-    choices = "".join(f"<td>{escape(str(choice).replace('()', ''))}</td>" for choice in design.choices)
+    choices = "".join(f"<td>{breakable(choice)}</td>" for choice in design.choices)
     detail = f"{rule}<p>Inputs: {inputs}.</p><p><code>{escape(code(design))}</code></p>"
     return (
         f'<tr data-published="{"yes" if publication else "no"}"{data}>'
@@ -101,7 +107,7 @@ HTML(
 try:
     ttr.Design(weights=ttr.Kernel(), optimizer=ttr.GradientDescent())
 except ValueError as error:
-    print(error)
+    print(textwrap.fill(str(error), 80))
 
 # %% [markdown]
 # ## What the choices mean

@@ -53,7 +53,7 @@ def test_an_unchanged_site_is_built_on_and_not_looked_at_again(tree):
     assert tree.ran == ["sphinx"]
 
 
-@pytest.mark.parametrize("cause", ["contents", "extension", "outputs", "failure", "CI"])
+@pytest.mark.parametrize("cause", ["contents", "extension", "static", "outputs", "failure", "CI"])
 def test_it_starts_from_clean_where_sphinx_does_not_know(tree, monkeypatch, cause):
     assert tree.main() == 0
     tree.kept.write_text("from the last build")
@@ -62,9 +62,10 @@ def test_it_starts_from_clean_where_sphinx_does_not_know(tree, monkeypatch, caus
     match cause:
         case "contents":
             (tree.root / "_toc.yml").write_text("root: index\noptions: {}\n")
-        case "extension" | "outputs":
-            path = {"extension": "book/_ext/draw.py", "outputs": "_build/.execute/chapter.json"}[cause]
-            (tree.root / path).parent.mkdir(parents=True)
+        case "extension" | "static" | "outputs":
+            places = {"extension": "book/_ext/draw.py", "static": "book/_static/page.css"}
+            path = places.get(cause, "_build/.execute/chapter.json")
+            (tree.root / path).parent.mkdir(parents=True, exist_ok=True)
             (tree.root / path).write_text("{}")
         case "failure":
             tree.status = 1
