@@ -20,7 +20,12 @@ import check
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
 BUILT = BUILD / ".built"  # digest of what Sphinx does not track, as it was at the last good build
-CHECKED = BUILD / ".checked"  # digest of the site that was last found good
+CHECKED = BUILD / ".checked"  # digests of what each test looked at when it was last found good
+# The parts of the site that each browser test opens: most edits leave the explorer as it was.
+LOOKS_AT = {
+    "test_book.py": ["**/*"],
+    "test_explorer.py": ["book/explorer.html", "_static/**/*"],
+}
 IN_CI = os.environ.get("CI") == "true"
 
 
@@ -46,19 +51,26 @@ def build() -> int:
 
 
 def inspect() -> int:
-    seen = digest([*ROOT.glob("book/check.py"), *ROOT.glob("tests/browser/*.py"), *check.SITE.rglob("*")])
-    if recall(CHECKED) == seen:
+    """Check the site, and run the browser tests on what has changed since it was last found good."""
+    site = list(check.SITE.rglob("*"))
+    seen = {"check": digest([*ROOT.glob("book/check.py"), *site])}
+    for suite, patterns in LOOKS_AT.items():
+        pages = [page for pattern in patterns for page in check.SITE.glob(pattern)]
+        seen[suite] = digest([ROOT / "tests/browser/conftest.py", ROOT / "tests/browser" / suite, *pages])
+    good = recall(CHECKED) or ""
+    changed = [name for name in seen if seen[name] not in good]
+    if not changed:
         print("build: the site is as it was when it was found good")
         return 0
-    if status := check.main([]):
+    if "check" in changed and (status := check.main([])):
         return status
     if not browser_is_there():
         print("build: found no Chromium with its driver: the browser test has NOT run", file=sys.stderr)
         return int(IN_CI)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "browser", "tests/browser"]
-    status = subprocess.run(command, cwd=ROOT).returncode
+    suites = [f"tests/browser/{suite}" for suite in changed if suite in LOOKS_AT]
+    status = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "browser", *suites], cwd=ROOT).returncode
     if status == 0:
-        CHECKED.write_text(seen)
+        CHECKED.write_text("\n".join(seen.values()))
     return status
 
 

@@ -36,6 +36,7 @@ def tree(tmp_path, monkeypatch):
         def run(self, command, **_):
             program = "pytest" if "pytest" in command else "sphinx"
             self.ran.append(program)
+            self.command = command
             if program == "sphinx":
                 site.mkdir(parents=True, exist_ok=True)
                 page.write_text(f"<p>{self.root.joinpath('_toc.yml').read_text()}</p>")
@@ -51,6 +52,19 @@ def test_an_unchanged_site_is_built_on_and_not_looked_at_again(tree):
     assert tree.ran == ["sphinx", "pytest"]
     assert tree.main() == 0
     assert tree.ran == ["sphinx"]
+
+
+def test_only_what_has_changed_is_looked_at_again(tree):
+    suites = ["tests/browser/test_book.py", "tests/browser/test_explorer.py"]
+    site = tree.root / "_build" / "html"
+    assert tree.main() == 0
+    (site / "other.html").write_text("<p>new</p>")
+    assert tree.main() == 0
+    assert [suite for suite in suites if suite in tree.command] == suites[:1]
+    (site / "book").mkdir()
+    (site / "book" / "explorer.html").write_text("<p>new</p>")
+    assert tree.main() == 0
+    assert [suite for suite in suites if suite in tree.command] == suites
 
 
 @pytest.mark.parametrize("cause", ["contents", "extension", "static", "outputs", "failure", "CI"])
