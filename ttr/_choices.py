@@ -7,6 +7,7 @@ function (a feature map, a similarity, a loss) it can be called. What a combinat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, cast
 
@@ -155,11 +156,11 @@ class Window(Weights):
         self._require("size", self.size >= 1, "at least 1")
 
 
-class Similarity(Choice):
+class Similarity(Choice, ABC):
     """How a kernel compares query and key: the log of the weight at bandwidth 1."""
 
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,17 @@ class Product(Weights):
 # --- regressors: which functions may be fitted ----------------------------------------------------------------
 
 
-class FeatureMap(Choice):
+class FeatureMap(Choice, ABC):
     """What a linear regressor sees of a key; `positive` where φ(q)ᵀφ(k) > 0 for all q and k."""
 
     positive: ClassVar[bool] = False
 
+    @abstractmethod
     def size(self, key: int) -> int:
         """The number of features of a key of that size."""
-        raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -407,13 +408,13 @@ class LocalPolynomial(Regressor):
 # --- losses ---------------------------------------------------------------------------------------------------
 
 
-class Loss(Choice):
+class Loss(Choice, ABC):
     """A loss of the error e = v − m(k), a channel at a time; `influence` is its derivative, in LaTeX."""
 
     influence: ClassVar[str]
 
-    def __call__(self, error: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, error: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

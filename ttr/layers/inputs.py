@@ -6,6 +6,7 @@ An input with a time axis is a projection of the token; one without is a paramet
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ttr._choices import Exact
 from ttr._design import Design
 
 
-class _Projection(nn.Module):
+class _Projection(nn.Module, ABC):
     """A linear map of the token to `shape`, with a bias of its own that starts where a subclass puts it."""
 
     def __init__(self, d_model: int, shape: tuple[int, ...]):
@@ -27,8 +28,9 @@ class _Projection(nn.Module):
     def initial_bias(self, size: int) -> Tensor:
         return torch.zeros(size)
 
+    @abstractmethod
     def squash(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """From a real number to the range of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Gates are taken in the parameters' dtype: under mixed precision bfloat16 would round a decay near one to one.
