@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 State = TypeVar("State")
-
-# Below this size the blocks of a per-channel decay are summed directly: smaller products are all overhead.
-DIRECT_BLOCK = 4
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -47,7 +45,7 @@ def map_chunks(
     """
     time = like.shape[1]
     whole = time - time % chunk_size
-    outputs = [torch.empty_like(like[:, :0])]
+    outputs = []
     with torch.autocast(like.device.type, enabled=False):
         for start, stop, size in ((0, whole, chunk_size), (whole, time, time - whole)):
             if start == stop:
@@ -60,7 +58,9 @@ def map_chunks(
             ]
             output, state = step(*chunked, state)
             outputs.append(output.movedim(1, 3).flatten(1, 2).to(like.dtype))
-        return torch.cat(outputs, dim=1), state
+        if len(outputs) == 1:
+            return outputs[0], state
+        return torch.cat(outputs or [like[:, :0]], dim=1), state
 
 
 class ChunkDecay:
@@ -70,10 +70,11 @@ class ChunkDecay:
     """
 
     def __init__(self, log_decay: Tensor | None):
-        self.per_channel = log_decay is not None and log_decay.ndim == 5
-        if log_decay is not None and not self.per_channel:
-            log_decay = log_decay.unsqueeze(-1)
-        self.cumulative = None if log_decay is None else log_decay.double().cumsum(-2)
+        self.cumulative = None
+        if log_decay is not None:
+            self.dtype, self.per_channel = log_decay.dtype, log_decay.ndim == 5
+            each = log_decay if self.per_channel else log_decay.unsqueeze(-1)
+            self.cumulative = each.double().cumsum(-2)
 
     def since_start(self, rows: Tensor) -> Tensor:
         """rows_t · exp(c_t): what is left at t of the state that the chunk began with."""
@@ -93,23 +94,21 @@ class ChunkDecay:
             return (rows @ columns.mT).tril()
         if self.per_channel:
             return _channel_products(rows, columns, self.cumulative)
-        return (rows @ columns.mT) * self.matrix(rows.dtype)
+        return (rows @ columns.mT) * self.matrix
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
+    @cached_property
+    def matrix(self) -> Tensor:
         """D_tj = exp(c_t − c_j) for j ≤ t, else 0; of a decay per head."""
         c = self.cumulative
         assert c is not None
-        return (c - c.mT).to(dtype).masked_fill(_future(c.shape[-2], c.device), -torch.inf).exp()
+        future = torch.ones(c.shape[-2], c.shape[-2], dtype=torch.bool, device=c.device).triu(1)
+        return (c - c.mT).to(self.dtype).masked_fill(future, -torch.inf).exp()
 
     def over_chunks(self, chunks: int, dtype: torch.dtype) -> Sequence[Tensor | float]:
         """exp(c_end) of each chunk, shaped to scale a state."""
         if self.cumulative is None:
             return [1.0] * chunks
         return self.cumulative[..., -1, :].to(dtype).exp().unsqueeze(-1).unbind(2)
-
-
-def _future(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 def _channel_products(rows: Tensor, columns: Tensor, cumulative: Tensor) -> Tensor:
@@ -119,18 +118,14 @@ def _channel_products(rows: Tensor, columns: Tensor, cumulative: Tensor) -> Tens
     both factors exp(c_t − c_ref) and exp(c_ref − c_j) are at most one.
     """
     size = rows.shape[-2]
-    block = min(DIRECT_BLOCK, size)
-    padding = block * 2 ** math.ceil(math.log2(size / block)) - size
+    padding = 2 ** math.ceil(math.log2(size)) - size
     if padding:
         rows, columns = (torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in (rows, columns))
         last = cumulative[..., -1:, :].expand(*cumulative.shape[:-2], padding, -1)
         cumulative = torch.cat([cumulative, last], dim=-2)
 
-    row, column, c = (x.unflatten(-2, (-1, block)) for x in (rows, columns, cumulative))
-    gap = (c.unsqueeze(-2) - c.unsqueeze(-3)).to(rows.dtype)
-    gap = gap.masked_fill(_future(block, rows.device).unsqueeze(-1), -torch.inf)
-    products = (row.unsqueeze(-2) * column.unsqueeze(-3) * gap.exp()).sum(-1)
-    while block < size + padding:
+    products = (rows * columns).sum(-1)[..., None, None]
+    while (block := products.shape[-1]) < size + padding:
         row, column, c = (x.unflatten(-2, (-1, 2, block)) for x in (rows, columns, cumulative))
         reference = c[..., 0, -1:, :]
         later = row[..., 1, :, :] * (c[..., 1, :, :] - reference).to(rows.dtype).exp()
@@ -139,5 +134,4 @@ def _channel_products(rows: Tensor, columns: Tensor, cumulative: Tensor) -> Tens
         first, second = products.unflatten(-3, (-1, 2)).unbind(-3)
         above = torch.cat([first, torch.zeros_like(square)], dim=-1)
         products = torch.cat([above, torch.cat([square, second], dim=-1)], dim=-2)
-        block *= 2
     return products.squeeze(-3)[..., :size, :size]

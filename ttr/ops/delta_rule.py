@@ -174,8 +174,8 @@ def _momentum_step(
     state, pushed = states
     decay, momentum = ChunkDecay(log_decay), ChunkDecay(log_momentum)
     # What a write at j, or the momentum that the chunk began with, adds to S̄_t (before token t's own push) and to S_t.
-    before = decay.matrix(k.dtype).tril(-1)
-    push = momentum.matrix(k.dtype)
+    before = decay.matrix.tril(-1)
+    push = momentum.matrix
     old_push = momentum.since_start(torch.ones_like(k[..., :1]))
     after_writes, after_push = before @ push + push, before @ old_push + old_push
 
