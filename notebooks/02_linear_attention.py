@@ -434,7 +434,8 @@ assert_close(state.memory[0, 0], hebbian(k[0, :, 0], v[0, :, 0]))
 
 # %% [markdown]
 # They give the same numbers and cost different amounts.
-# A product of an $a \times b$ and a $b \times c$ matrix takes $2abc$ operations, so
+# A product of an $a \times b$ and a $b \times c$ matrix takes $2abc$ operations. So, with $K$ and $V$ for the sizes of
+# a key and a value,
 #
 # | form | operations | steps that must wait for each other |
 # |---|---|---|
@@ -461,7 +462,8 @@ assert operations(parallel, q, k, v) == 2 * T**2 * (K + V)
 assert operations(chunkwise, q, k, v, C) == 2 * T * C * (K + V) + 4 * T * K * V
 
 # %% [markdown]
-# By this count the recurrent form is the cheapest and chunks only add to it. Then why do they exist?
+# By this count, and beyond the first few dozen tokens, the recurrent form is the cheapest, and chunks only add to it.
+# Then why do they exist?
 #
 # Because operations are not what the recurrent form waits for.
 # A step reads the state, $KV$ numbers, adds to it, and writes it back:
@@ -480,7 +482,7 @@ assert operations(chunkwise, q, k, v, C) == 2 * T * C * (K + V) + 4 * T * K * V
 # Softmax attention keeps every key and value, $T(K + V)$ numbers a head.
 # A linear memory keeps $S$: $KV$ numbers, whatever $T$ is. At $K = V = d$ the two are equal at $T = d/2$ tokens.
 
-# %% mystnb={"figure": {"caption": "Cost of one head with keys and values of equal size. Left: operations a token; the chunkwise form follows the parallel one until its chunk is full and is constant from there. Right: numbers that must be kept to generate the next token. Features buy a larger state (here degree-two features of the whole key), and it is still constant.", "name": "fig-lin-cost"}, "image": {"alt": "Two log-log plots against sequence length. Operations a token: parallel grows linearly, recurrent and chunkwise are flat. Numbers kept: softmax attention grows linearly and crosses the two flat lines of linear attention."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Cost of one head with keys and values of equal size. Left: operations a token; a single chunk is the parallel form; from the second chunk on the cost a token is constant. Right: numbers that must be kept to generate the next token. Features buy a larger state (here degree-two features of the whole key), and it is still constant.", "name": "fig-lin-cost"}, "image": {"alt": "Two log-log plots against sequence length. Operations a token: parallel grows linearly, recurrent and chunkwise are flat. Numbers kept: softmax attention grows linearly and crosses the two flat lines of linear attention."}} tags=["hide-input"]
 K = V = C = 64
 lengths = 2 ** torch.arange(3, 17)
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
@@ -717,7 +719,7 @@ plt.show()
 # Least squares holds one pair a feature, exactly, and then falls off a cliff. The Hebbian memory has no cliff:
 # it is never exact and fades from the start.
 # For many pairs the identity at its best scale errs by $(n-1)/(d+n-1)$, and least squares by $1 - d/n$.
-# Their ratio tends to 1.
+# What they still hold, $d/(d + n - 1)$ and $d/n$, then agrees in ratio.
 # This is where $K^\top K \approx (n/d)\, I$ becomes true, and where linear attention takes nothing for
 # granted but a scale.
 # By then both have forgotten almost everything.
@@ -794,7 +796,7 @@ for name, (memory, pairs) in where.items():
     record(f"lin_error_{name}", errors[memory].mean(0)[counts.index(pairs)])
     record(f"lin_accuracy_{name}", accuracy[memory].mean(0)[counts.index(pairs)], atol=0.005)
 
-# %% mystnb={"figure": {"caption": "How much fits into a linear memory. Left: recall error; bands are the middle four fifths of the draws, dashed curves the proposition, vertical lines the number of features. Least squares is exact up to one pair a feature and then falls off a cliff; the Hebbian memory fades from the first pair, and at its best scale ends where least squares does. Right: how often the nearest code vector is the stored one.", "name": "fig-lin-capacity"}, "image": {"alt": "Two plots against the number of stored pairs on a logarithmic axis. Error: for raw keys and for products of two channels, least squares stays at zero up to the number of features and rises after it, the Hebbian memory rises steadily from the start. Accuracy: the mirror image, with least squares falling later than the Hebbian memory and products later than raw keys."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "How much fits into a linear memory. Left: recall error; bands are the middle four fifths of the draws, dashed curves the proposition, vertical lines the number of features. Least squares is exact up to one pair a feature and then falls off a cliff; the Hebbian memory fades from the first pair, and for raw keys, far beyond their cliff, its best scale ends where least squares does. Right: how often the nearest code vector is the stored one.", "name": "fig-lin-capacity"}, "image": {"alt": "Two plots against the number of stored pairs on a logarithmic axis. Error: for raw keys and for products of two channels, least squares stays at zero up to the number of features and rises after it, the Hebbian memory rises steadily from the start. Accuracy: the mirror image, with least squares falling later than the Hebbian memory and products later than raw keys."}} tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.2))
 dense = torch.logspace(math.log10(counts[0]), math.log10(counts[-1]), 400)
 colors = {"key": "C0", "products": "C1"}
@@ -849,9 +851,11 @@ plt.show()
 # A decay makes old pairs count less: $\gamma_i^{(t)} = \alpha_{i+1} \cdots \alpha_t$ in the sum of squares.
 # The gradient at $S = 0$ is then $-\sum_i \gamma_i^{(t)} k_i v_i^\top$, so that one step from zero gives
 # $S_t = \alpha_t S_{t-1} + k_t v_t^\top$.
-# This is RetNet {cite:p}`sun2023retnet` with fixed factors, Mamba-2 {cite:p}`dao2024mamba2` with factors
-# that depend on the token,
-# and gated linear attention {cite:p}`yang2023gated` with one a channel.
+# This is RetNet {cite:p}`sun2023retnet` with fixed factors, and Mamba-2 {cite:p}`dao2024mamba2` with factors
+# that depend on the token; its time step also scales what is written.
+# Gated linear attention {cite:p}`yang2023gated` has a factor a channel,
+# $S_t = \operatorname{Diag}(\alpha_t) S_{t-1} + k_t v_t^\top$.
+# No weight on whole pairs gives that, so it is read as this recursion and not as a weighted sum of squares.
 # A decay weakens interference by forgetting the pairs that it comes from, and in no other way.
 # A later chapter is about these weights; here is the one line that they add to the parallel form.
 
@@ -992,6 +996,8 @@ for other in (read(delta_rule, b, a), read(delta_rule, a) + read(delta_rule, b))
 # ````
 #
 # A design takes any frozen dataclass that says these three things; nothing has to be registered.
+# A fourth, `positive`, vouches for the division: here the sum can be zero, but is never negative, and the last part of
+# the exercise is about what that risks.
 # The kernel is $\sum_c \max(0,\, q_c k_c)$ over channels:
 # only channels in which query and key agree in sign count.
 

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # The design space
 #
-# Which memories have been published, which have not, and what is the difference between two of them?
+# Which memories have a name, which have none, and what is the difference between two of them?
 #
 # A memory is a choice on four axes: the *weights* of past pairs, the *regressor* that is fitted, the *optimizer*
 # that (nearly) solves the fit, and the *loss*. The table below is made from `ttr.atlas`. Type a word or choose on an
@@ -63,7 +63,7 @@ def breakable(choice):
 
 def row(design):
     publication = design.publication
-    name = f"{publication.name} ({publication.year})" if publication else "no published name"
+    name = f"{publication.name} ({publication.year})" if publication else "no name in the atlas"
     rule = (
         f'<div class="math notranslate nohighlight">\\[{escape(design.update_rule())}\\]</div>' if publication else ""
     )
@@ -88,7 +88,7 @@ HTML(
     '<div class="ttr-atlas"><div class="ttr-atlas-filters">'
     '<label>search <input type="search" data-search></label>'
     + "".join(map(select, AXES))
-    + '<label><input type="checkbox" data-unnamed> show cells without a name</label></div>'
+    + '<label><input type="checkbox" data-unnamed> show cells without a name in the atlas</label></div>'
     '<p role="status" data-count></p>'
     '<div class="ttr-atlas-scroll" tabindex="0" role="region" aria-label="Design space"><table>'
     '<thead><tr><th scope="col">memory</th>'
@@ -99,9 +99,10 @@ HTML(
 )
 
 # %% [markdown]
-# The table holds {glue:text}`space_cells` combinations that make sense; {glue:text}`space_published` names have been
-# published for {glue:text}`space_named` of them, and {glue:text}`space_unnamed` have no published name. A combination
-# that makes no sense is refused, with the two choices that clash:
+# The table holds {glue:text}`space_cells` combinations that make sense. The atlas knows {glue:text}`space_published`
+# published names, for {glue:text}`space_named` of them; {glue:text}`space_unnamed` have no name in it, which does not
+# say that nobody has used them: softmax attention is among them, as long as the atlas holds recurrent memories only.
+# A combination that makes no sense is refused, with the two choices that clash:
 
 # %%
 try:
@@ -115,8 +116,8 @@ except ValueError as error:
 # Weights say how much each past pair counts. They multiply: `Kernel() * Decay()` counts pairs that are near the query
 # *and* recent. A design whose optimizer keeps one memory for all queries cannot use weights that change with the query.
 #
-# An empty cell is not a promise. It is a memory that nobody has named, that runs on its definition
-# (`ttr.oracle`, with a `ttr.SlowPathWarning`) or on a fast op, and that trains like any other:
+# A cell without a name is not a promise. It is a memory that runs on its definition (`ttr.oracle`, with a
+# `ttr.SlowPathWarning`) or on a fast op, and that trains like any other:
 
 # %%
 robust = ttr.Design(ttr.Decay(), optimizer=ttr.GradientDescent(), loss=ttr.Huber())

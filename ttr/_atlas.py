@@ -170,14 +170,14 @@ class Atlas(Mapping[str, Design]):
                 continue
 
     def table(self) -> Table:
-        """The published points, and how many cells around them have no name."""
+        """The published points, and how many cells around them the atlas has no name for."""
         rows = []
         for slug, row in self._rows.items():
             _, name, year, _ = row.publication
             rows.append((slug, f"{name} ({year})", *map(str, row.design.choices), ", ".join(row.design.inputs)))
         cells = list(self.cells())
         unnamed = sum(cell.name is None for cell in cells)
-        caption = f"{len(self)} published points; {unnamed} of {len(cells)} cells have no published name."
+        caption = f"{len(self)} published points; {unnamed} of {len(cells)} cells have no name here."
         return Table(("slug", "name", *AXES, "inputs"), rows, caption)
 
 

@@ -247,7 +247,7 @@ class Product(Weights):
 
 
 class FeatureMap(Choice, ABC):
-    """What a linear regressor sees of a key; `positive` where φ(q)ᵀφ(k) > 0 for all q and k."""
+    """What a linear regressor sees of a key; `positive` where φ(q)ᵀφ(k) is never negative."""
 
     positive: ClassVar[bool] = False
 
