@@ -101,9 +101,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="chapters at a time (always one on a GPU)")
     parser.add_argument("--force", action="store_true", help="execute unchanged chapters too")
-    parser.add_argument("-p", dest="parameters", metavar="name=value", action="append", default=[])
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        metavar="name=value",
+        action="append",
+        default=[],
+        help="a parameter of the chapters, as often as needed",
+    )
     parser.add_argument("--update-golden", action="store_true", help="make these numbers the golden ones")
     arguments = parser.parse_args()
+    for assignment in list(arguments.parameters):  # the same as the options, and as binding
+        name, _, value = assignment.partition("=")
+        if name in ("scale", "device"):
+            allowed = {"scale": ("smoke", "full"), "device": ("cpu", "cuda")}[name]
+            if value not in allowed:
+                parser.error(f"-p {assignment}: expected one of {', '.join(allowed)}")
+            setattr(arguments, name, value)
+            arguments.parameters.remove(assignment)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     if arguments.update_golden and not is_comparable(arguments):
         parser.error("golden numbers are those of the smoke scale on the CPU with the default parameters")
     if arguments.device == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def test_the_op_equals_the_definition(design: Design) -> None:
     *single, single_inputs = sample(design, 75, dtype=torch.float32)
     exact = [x.double() for x in single], {name: x.double() for name, x in single_inputs.items()}
     y, _ = ttr.regress(design, *single, **single_inputs)
-    assert relative_error(y, ttr.oracle.regress(design, *exact[0], **exact[1])[0]) <= 1e-5
+    # An exact fit that forgets most of what it needs rests on its floor, a rounding unit of float32.
+    forgets = isinstance(design.optimizer, Exact) and design.weights != ttr.Uniform()
+    assert relative_error(y, ttr.oracle.regress(design, *exact[0], **exact[1])[0]) <= (5e-5 if forgets else 1e-5)
 
 
 @pytest.mark.parametrize("design", PUBLISHED + UNNAMED_FAST, ids=str)
@@ -186,3 +189,92 @@ def test_normalised_hebbian_memories_are_kernel_smoothers() -> None:
     weight = (1 + product + product**2 / 2).tril()
     expected = torch.einsum("bhti,bihv->bthv", weight / weight.sum(-1, keepdim=True), v)
     assert relative_error(ttr.regress(design, q, k, v)[0], expected) <= 1e-12
+
+
+@pytest.mark.parametrize("log_decay", [-0.05, -1.0, -3.0, -25.0])
+@pytest.mark.parametrize("key", [4, 8, 32])
+def test_an_exact_fit_that_forgets_stays_bounded(key: int, log_decay: float) -> None:
+    """Long after its ridge has faded and with fewer pairs in memory than dimensions, in float32."""
+    _, k, v, inputs = sample(Design(Decay(), optimizer=Exact()), 300, key=key, dtype=torch.float32)
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], log_decay)
+    gain, _ = ttr.ops.gains.recursive_least_squares(k, inputs["ridge"], inputs["log_decay"])
+    kept = 1 - (k * gain).sum(-1)
+    assert kept.min() >= -1e-4
+    assert kept.max() <= 1 + 1e-4
+    y, _ = ttr.regress(Design(Decay(), optimizer=Exact()), k, k, v, **inputs)
+    assert y.norm() <= 2 * v.norm()
+    if log_decay <= -3:  # little but the newest pair is left, and that is recalled
+        assert relative_error(y, v) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("design", "state", "message"),
+    [
+        (ttr.atlas["delta_net"], {"momentum": (2, 3, 5, 4)}, "state: expected memory to go on with Design("),
+        (
+            ttr.atlas["delta_net"],
+            {"memory": (2, 3, 5, 9)},
+            "state.memory: expected shape (batch=2, heads=3, key=5, value",
+        ),
+        (Design(Window(4)), {"memory": (2, 3, 5, 4)}, "state: expected history['k'], history['v'] to go on with"),
+        (ttr.atlas["delta_net"], None, "state: expected what an earlier call returned, got tensor"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.filterwarnings("ignore::ttr.SlowPathWarning")
+def test_states_are_checked(design: Design, state: dict[str, tuple[int, ...]] | None, message: str) -> None:
+    *qkv, inputs = sample(design, 3)
+    tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in (state or {}).items()}
+    given = ttr.State(**tensors) if state else torch.zeros(1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ttr.regress(design, *qkv, state=given, **inputs)
+
+
+def test_a_choice_of_ones_own_is_not_run_as_its_parent() -> None:
+    @dataclass(frozen=True)
+    class Fourth(ttr.SquaredError):
+        def __call__(self, error: Tensor) -> Tensor:
+            return error**4 / 4
+
+    @dataclass(frozen=True)
+    class Half(ttr._choices.Gain):
+        pass
+
+    own, squared = (Design(optimizer=GradientDescent(), loss=loss) for loss in (Fourth(), ttr.SquaredError()))
+    *qkv, inputs = sample(own, 6)
+    with pytest.warns(SlowPathWarning):
+        y, _ = ttr.regress(own, *qkv, **inputs)
+    assert relative_error(y, ttr.oracle.regress(own, *qkv, **inputs)[0]) == 0
+    assert relative_error(y, ttr.regress(squared, *qkv, **inputs)[0]) > 0.1
+    with pytest.raises(ValueError, match="gain: expected one that"):
+        ttr.oracle.regress(Design(optimizer=GradientDescent(Half())), *qkv, **inputs)
+
+
+def test_large_kernel_weights_do_not_overflow_and_compare_keys_and_not_features() -> None:
+    design = Design(Kernel(), Linear(ttr.EluPlusOne()), Exact())
+    q, k, v, inputs = sample(design, 7)
+    weight = torch.einsum("bhk,bihk->bhi", q[:, -1], k).exp()
+    rows = design.feature_map(k)
+    moment = torch.einsum("bhi,bihf,bihg->bhfg", weight, rows, rows) + torch.diag_embed(inputs["ridge"])
+    cross = torch.einsum("bhi,bihf,bihv->bhfv", weight, rows, v)
+    memory = torch.linalg.solve(moment, cross)
+    expected = torch.einsum("bhfv,bhf->bhv", memory, design.feature_map(q[:, -1]))
+    assert relative_error(ttr.oracle.regress(design, q, k, v, **inputs)[0][:, -1], expected) <= 1e-10
+    y, _ = ttr.oracle.regress(design, 50 * k, 50 * k, v, **inputs)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("design", [Design(Kernel(), LocalPolynomial(1), Exact()), UNNAMED_SLOW[0]], ids=str)
+def test_the_definition_takes_half_precision(design: Design) -> None:
+    *qkv, inputs = sample(design, 6)
+    half = [x.bfloat16() for x in qkv]
+    y, _ = ttr.oracle.regress(design, *half, **{name: x.float() for name, x in inputs.items()})
+    assert y.dtype == torch.bfloat16
+    exact = ttr.oracle.regress(design, *(x.double() for x in half), **inputs)[0]
+    assert relative_error(y, exact) <= 0.01
+
+
+def test_a_normalised_memory_without_weights_answers_zero() -> None:
+    q, k, v = torch.randn(3, 1, 6, 1, 64, generator=torch.Generator().manual_seed(0))
+    y, _ = ttr.regress(ttr.atlas["performer"], 9 * q, 9 * k, v)  # every feature underflows
+    assert y.eq(0).all()

@@ -131,6 +131,12 @@ class Table:
         return f"<table>{caption}<thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+class UnknownDesign(KeyError, ValueError):
+    """A slug that the atlas does not have."""
+
+    __str__ = ValueError.__str__  # a KeyError would show its message quoted
+
+
 class Atlas(Mapping[str, Design]):
     """The published designs by slug: `ttr.atlas["gated_delta_net"]`."""
 
@@ -141,7 +147,7 @@ class Atlas(Mapping[str, Design]):
         if slug not in self._rows:
             near = difflib.get_close_matches(str(slug), self._rows, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"design: expected one of {', '.join(self._rows)}, got {slug!r}{hint}")
+            raise UnknownDesign(f"design: expected one of {', '.join(self._rows)}, got {slug!r}{hint}")
         return self._rows[slug].design
 
     def __contains__(self, slug: object) -> bool:

@@ -8,7 +8,8 @@ function (a feature map, a similarity, a loss) it can be called. What a combinat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -36,10 +37,10 @@ class Choice:
         )
 
     def _values(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
 
     def __str__(self) -> str:
-        defaults = {field.name: field.default for field in fields(cast(Any, self))}
+        defaults = {f.name: f.default for f in fields(self)} if is_dataclass(self) else cast(dict[str, Any], {})
         changed = {name: value for name, value in self._values().items() if value != defaults[name]}
         shown = [f"{name}={value if isinstance(value, Choice) else repr(value)}" for name, value in changed.items()]
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -50,7 +51,9 @@ class Choice:
             raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {got!r}")
 
     def _require_positive(self, name: str) -> None:
-        self._require(name, 0 < getattr(self, name) < float("inf"), "a positive finite number")
+        value = getattr(self, name)
+        valid = isinstance(value, (int, float)) and 0 < value < float("inf")
+        self._require(name, valid, "a positive finite number")
 
 
 # --- weights: how much each past pair counts ------------------------------------------------------------------
@@ -104,6 +107,7 @@ class Decay(Weights):
 
     def __post_init__(self) -> None:
         self._require("per", self.per in ("head", "channel"), "'head' or 'channel'")
+        self._require("fixed", isinstance(self.fixed, bool), "a bool")
 
     @property
     def formula(self) -> str:  # type: ignore[override]
@@ -153,7 +157,7 @@ class Window(Weights):
     formula = r"\mathbb 1[t - i < w]"
 
     def __post_init__(self) -> None:
-        self._require("size", self.size >= 1, "at least 1")
+        self._require("size", isinstance(self.size, int) and self.size >= 1, "an integer of at least 1")
 
 
 class Similarity(Choice, ABC):
@@ -194,6 +198,7 @@ class Kernel(Weights):
     cites = ("nadaraya1964estimating", "watson1964smooth")
 
     def __post_init__(self) -> None:
+        self._require("similarity", isinstance(self.similarity, Similarity), "a similarity such as Gaussian()")
         self._require_positive("bandwidth")
 
     @property
@@ -247,7 +252,10 @@ class Product(Weights):
 
 
 class FeatureMap(Choice, ABC):
-    """What a linear regressor sees of a key; `positive` where φ(q)ᵀφ(k) is never negative."""
+    """What a linear regressor sees of a key; `positive` where φ(q)ᵀφ(k) is never negative.
+
+    One of your own is a frozen dataclass with `size`, `__call__` and a `formula` in x; it runs on the fast ops.
+    """
 
     positive: ClassVar[bool] = False
 
@@ -320,6 +328,24 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, Quadratic()(x) / 2**0.5], dim=-1)
 
 
+@torch.compiler.assume_constant_result  # a compiler can neither trace the draw nor see through the cache
+def _orthogonal_directions(number: int, key: int, seed: int) -> Tensor:
+    return _drawn_directions(number, key, seed)
+
+
+@cache
+def _drawn_directions(number: int, key: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    frames = -(-number // key)
+    normal = torch.randn(frames, key, key, generator=generator, dtype=torch.float64)
+    lengths = torch.randn(frames, key, key, generator=generator, dtype=torch.float64).norm(dim=-1)
+    frame, triangle = torch.linalg.qr(normal)
+    # LAPACK fixes the columns' signs by their entries; those of the triangle make the frame uniform again.
+    signs = triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    rows = (frame * signs).mT * lengths.unsqueeze(-1)
+    return rows.flatten(0, 1)[:number]
+
+
 @dataclass(frozen=True)
 class PositiveRandom(FeatureMap):
     r"""Random features of the exponential kernel, with orthogonal directions ω.
@@ -345,15 +371,7 @@ class PositiveRandom(FeatureMap):
 
     def directions(self, key: int) -> Tensor:
         """(number, key), float64: rows of independent orthogonal frames with Gaussian lengths."""
-        generator = torch.Generator().manual_seed(self.seed)
-        frames = -(-self.number // key)
-        normal = torch.randn(frames, key, key, generator=generator, dtype=torch.float64)
-        lengths = torch.randn(frames, key, key, generator=generator, dtype=torch.float64).norm(dim=-1)
-        frame, triangle = torch.linalg.qr(normal)
-        # LAPACK fixes the columns' signs by their entries; those of the triangle make the frame uniform again.
-        signs = triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-        rows = (frame * signs).mT * lengths.unsqueeze(-1)
-        return rows.flatten(0, 1)[: self.number]
+        return _orthogonal_directions(self.number, key, self.seed)
 
     def __call__(self, x: Tensor) -> Tensor:
         projected = x @ self.directions(x.shape[-1]).to(x).mT
@@ -375,6 +393,9 @@ class Linear(Regressor):
     feature_map: FeatureMap = Identity()
 
     formula = r"S^\top \phi(k)"
+
+    def __post_init__(self) -> None:
+        self._require("feature_map", isinstance(self.feature_map, FeatureMap), "a feature map such as Taylor()")
 
     @property
     def ridge(self) -> str:
@@ -409,9 +430,12 @@ class LocalPolynomial(Regressor):
 
 
 class Loss(Choice, ABC):
-    """A loss of the error e = v − m(k), a channel at a time; `influence` is its derivative, in LaTeX."""
+    """A loss of the error e = v − m(k), a channel at a time; `influence` is its derivative, in LaTeX.
 
-    influence: ClassVar[str]
+    One of your own is a frozen dataclass with `__call__`; it runs on its definition.
+    """
+
+    influence: ClassVar[str] = r"\ell'%s"
 
     @abstractmethod
     def __call__(self, error: Tensor) -> Tensor: ...
@@ -539,7 +563,8 @@ class GradientDescent(Optimizer):
     momentum: bool = False
 
     def __post_init__(self) -> None:
-        self._require("steps", self.steps >= 1, "at least 1")
+        self._require("gain", isinstance(self.gain, Gain), "a gain such as NLMS()")
+        self._require("steps", isinstance(self.steps, int) and self.steps >= 1, "an integer of at least 1")
 
     @property
     def structure(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from ttr._choices import (
     Decay,
     Exact,
     FeatureMap,
+    Gain,
     GradientDescent,
     Hebbian,
     Identity,
@@ -76,11 +77,13 @@ class Design:
         for axis, kind in AXES.items():
             choice = getattr(self, axis)
             if not isinstance(choice, kind):
-                raise ValueError(f"{axis}: expected a {kind.__name__}, got {choice!r}")
+                hint = f"; did you mean GradientDescent({choice})?" if isinstance(choice, Gain) else ""
+                raise ValueError(f"{axis}: expected {AN[axis]}, got {choice!r}{hint}")
         for clash in CLASHES:
             if clash.when(self):
-                one, other = (f"{axis}={getattr(self, axis)}" for axis in clash.axes)
-                raise ValueError(f"{one} clashes with {other}: {clash.why}")
+                first, second = clash.axes
+                other = "itself" if first == second else f"{second}={getattr(self, second)}"
+                raise ValueError(f"{first}={getattr(self, first)} clashes with {other}: {clash.why}")
 
     @property
     def choices(self) -> tuple[Weights, Regressor, Optimizer, Loss]:
@@ -140,6 +143,7 @@ AXES: dict[str, type[Choice]] = {
     "optimizer": Optimizer,
     "loss": Loss,
 }
+AN = {"weights": "Weights", "regressor": "a Regressor", "optimizer": "an Optimizer", "loss": "a Loss"}
 
 
 def _weighs_by(design: Design, kind: type[Weights]) -> bool:

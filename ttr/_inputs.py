@@ -7,8 +7,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ttr._choices import ContinuousDecay, Decay, GradientDescent, Weights
+from ttr._choices import (
+    ContinuousDecay,
+    Decay,
+    DiagonalNewton,
+    Exact,
+    GradientDescent,
+    Hebbian,
+    Kernel,
+    Uniform,
+    Weights,
+    Window,
+)
 from ttr._design import Design
+from ttr._state import State
 from ttr.ops._check import check_range, check_shapes
 
 RANGES: dict[str, dict[str, Any]] = {
@@ -22,12 +34,14 @@ RANGES: dict[str, dict[str, Any]] = {
 
 
 class Prepared(NamedTuple):
-    """Queries and keys as features, values, and the design's inputs, all checked."""
+    """Queries and keys as features, values, the design's inputs, and queries and keys as they came; all checked."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     inputs: dict[str, Tensor]
+    raw_q: Tensor
+    raw_k: Tensor
 
 
 def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]) -> Prepared:
@@ -35,6 +49,11 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
 
     Raises `ValueError` for a missing or unknown input, a wrong shape, dtype or device, a value out of range.
     """
+    if not isinstance(design, Design):
+        raise ValueError(f"design: expected a Design, such as an entry of ttr.atlas, got {design!r}")
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if tensor is None:
+            raise ValueError(f"{name}: expected a tensor, got None")
     missing = [name for name in design.inputs if inputs.get(name) is None]
     unknown = [name for name in inputs if name not in design.inputs]
     for problem, names in (("missing", missing), ("unknown", unknown)):
@@ -54,7 +73,53 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
     check_shapes(**{name: (tensors[name], axes[name]) for name in tensors})
     for name, tensor in inputs.items():
         check_range(name, tensor, **RANGES[name])
-    return Prepared(tensors["q"], tensors["k"], v, dict(inputs))
+    return Prepared(tensors["q"], tensors["k"], v, dict(inputs), q, k)
+
+
+def check_state(design: Design, state: State | None, axes: Mapping[str, str], tensors: Prepared) -> State:
+    """The state to go on from, held to the fields that this computation continues; an empty one for None.
+
+    Raises `ValueError` for anything but a state, a field that would be ignored, or a wrong shape.
+    """
+    if state is None:
+        return State()
+    if not isinstance(state, State):
+        raise ValueError(f"state: expected what an earlier call returned, got {state!r}")
+    given = {name: x for name, x in vars(state).items() if name != "history" and x is not None}
+    given |= {f"history[{name!r}]": x for name, x in state.history.items()}
+    unused = [name for name in given if name not in axes]
+    if unused or (state.history and set(given) != set(axes)):
+        takes = ", ".join(axes)
+        raise ValueError(f"state: expected {takes} to go on with {design}, got {', '.join(given)}")
+    check_shapes(
+        q=(tensors.q, "batch time heads key"),
+        raw_q=(tensors.raw_q, "batch time heads raw"),
+        v=(tensors.v[:, :, 0] if tensors.v.ndim == 5 else tensors.v, "batch time heads value"),
+        **{f"state.{name}": (x, axes[name]) for name, x in given.items()},
+    )
+    return state
+
+
+def streaming_axes(design: Design) -> dict[str, str]:
+    """The fields of the state of a memory that needs no history, and their axes."""
+    optimizer = design.optimizer
+    normalized = isinstance(optimizer, Hebbian) and optimizer.normalize
+    axes = {"memory": "batch heads key value" if not normalized else "batch heads key value_and_one"}
+    if isinstance(optimizer, Exact):
+        axes["curvature"] = "batch heads key other_key"
+    if isinstance(optimizer, GradientDescent):
+        if optimizer.momentum:
+            axes["momentum"] = "batch heads key value"
+        if isinstance(optimizer.gain, DiagonalNewton):
+            axes["curvature"] = "batch heads key"
+    return axes
+
+
+def history_axes(design: Design) -> dict[str, str]:
+    """What a memory without such a state keeps of every past pair, and its axes."""
+    timed = {name: axes for name, axes in design.inputs.items() if "time" in axes.split()}
+    axes = {"k": "batch time heads raw", "v": "batch time heads value"} | timed
+    return {f"history[{name!r}]": own.replace("time", "past") for name, own in axes.items()}
 
 
 def forgetting(weights: Weights, inputs: Mapping[str, Tensor], q: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -70,8 +135,10 @@ def forgetting(weights: Weights, inputs: Mapping[str, Tensor], q: Tensor) -> tup
                 own = own.expand(*q.shape[:2], *own.shape)
         elif isinstance(factor, ContinuousDecay):
             own, importance = -inputs["rate"] * inputs["time_step"], inputs["time_step"]
-        else:
+        elif isinstance(factor, (Uniform, Window, Kernel)):
             continue
+        else:
+            raise ValueError(f"weights: expected weights that ttr.oracle defines, got {factor}")
         log_decay = own if log_decay is None else _aligned(log_decay, own) + _aligned(own, log_decay)
     return log_decay, importance
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttr import ops, oracle
 from ttr._choices import (
+    LMS,
     NLMS,
     Decay,
     DiagonalNewton,
@@ -28,9 +29,10 @@ from ttr._choices import (
     SquaredError,
 )
 from ttr._design import Design
-from ttr._inputs import Prepared, forgetting, prepare
+from ttr._inputs import Prepared, check_state, forgetting, prepare, streaming_axes
 from ttr._state import State
-from ttr.ops._backend import Backend
+from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._check import check_chunk_size
 
 Lowering = Callable[..., tuple[Tensor, State]]
 
@@ -77,12 +79,16 @@ def regress(
 
     Wang, Shi & Fox (2025), section 3.
     """
+    tensors = prepare(design, q, k, v, inputs)
     lowering = _lowering(design)
     if lowering is None:
-        _warn_slow(str(design))
+        check_chunk_size(chunk_size)
+        uses_triton(backend, q, missing=f"{design}")
+        if not torch.compiler.is_compiling():
+            _warn_slow(str(design))
         return oracle.regress(design, q, k, v, state=state, **inputs)
-    tensors = prepare(design, q, k, v, inputs)
-    return lowering(design, tensors, state or State(), chunk_size=chunk_size, backend=backend)
+    state = check_state(design, state, streaming_axes(design), tensors)
+    return lowering(design, tensors, state, chunk_size=chunk_size, backend=backend)
 
 
 @cache
@@ -93,8 +99,11 @@ def _warn_slow(design: str) -> None:
 
 def _lowering(design: Design) -> Lowering | None:
     optimizer = design.optimizer
-    linear = isinstance(design.regressor, Linear) and isinstance(design.loss, SquaredError)
+    # Exact types: a choice of one's own that extends one of these means something else.
+    linear = type(design.regressor) is Linear and type(design.loss) is SquaredError
     if not linear or not design.weights.recursive:
+        return None
+    if isinstance(optimizer, GradientDescent) and type(optimizer.gain) not in (LMS, NLMS, Implicit, DiagonalNewton):
         return None
     if isinstance(optimizer, Hebbian):
         return _hebbian_sum
@@ -107,7 +116,7 @@ def _lowering(design: Design) -> Lowering | None:
 
 
 def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     log_decay, importance = forgetting(design.weights, inputs, k)
     if importance is not None:
         k = importance.unsqueeze(-1) * k
@@ -115,11 +124,11 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     y, memory = ops.linear_attention(q, k, v, log_decay, initial_state=state.memory, **how)
-    return y[..., :-1] / y[..., -1:] if normalize else y, State(memory=memory)
+    return (oracle.normalized(y) if normalize else y), State(memory=memory)
 
 
 def _error_correction(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     optimizer: GradientDescent = design.optimizer  # type: ignore[assignment]
     log_decay, importance = forgetting(design.weights, inputs, q)
     step_size = inputs["step_size"]
@@ -165,12 +174,10 @@ def _error_correction(design: Design, tensors: Prepared, state: State, **how: An
 
 
 def _recursive_least_squares(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     log_decay, importance = forgetting(design.weights, inputs, k)
-    if importance is not None:
-        k, v = (importance.sqrt().unsqueeze(-1) * x for x in (k, v))
     gain, curvature = ops.gains.recursive_least_squares(
-        k, inputs["ridge"], log_decay, initial_curvature=state.curvature
+        k, inputs["ridge"], log_decay, weight=importance, initial_curvature=state.curvature
     )
     # Forgetting acts on both sides of the normal equations and cancels: the fitted map itself does not decay.
     y, memory = ops.delta_rule(q, k, v, gain, initial_state=state.memory, **how)

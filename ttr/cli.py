@@ -35,10 +35,20 @@ class _CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].ckpt_path
-        if path not in (None, "best", "last", "hpc") and not _is_checkpoint(Path(path)):
+        config = self.config[self.config.subcommand]
+        path = config.ckpt_path
+        if path in (None, "best", "hpc"):
+            return
+        if path == "last":
+            path = Path(config.checkpoint.dirpath, "last.ckpt")
+        checkpoint = _read_checkpoint(Path(path))
+        if checkpoint is None:
             missing = "" if Path(path).exists() else ", which does not exist"
-            parser.error(f"ckpt_path: expected a Lightning checkpoint, got {path!r}{missing}")
+            parser.error(f"ckpt_path: expected a Lightning checkpoint, got {str(path)!r}{missing}")
+        saved = checkpoint.get("hyper_parameters", {})
+        for name, value in config.model.items() if self.config.subcommand == "fit" else ():
+            if isinstance(value, (str, int, float)) and name in saved and name in SHAPING and saved[name] != value:
+                parser.error(f"model.{name}: expected {saved[name]!r}, that of {path}, got {value!r}")
 
     def instantiate_classes(self) -> None:
         try:
@@ -57,14 +67,19 @@ class _CommandLine(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _is_checkpoint(path: Path) -> bool:
+# What a checkpoint's weights were trained as: to go on as something else would be a mistake, not a change of mind.
+SHAPING = {"design", "d_model", "num_layers", "num_heads", "mlp_ratio", "key_dim", "value_dim", "conv_width", "conv_on"}
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint without its weights' data; None for anything else."""
     if path.is_dir():  # a sharded one
-        return True
+        return {} if (path / ".metadata").exists() else None
     try:
         checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        return {"state_dict", "pytorch-lightning_version"} <= set(checkpoint)
+        return checkpoint if {"state_dict", "pytorch-lightning_version"} <= set(checkpoint) else None
     except Exception:  # a missing file, or any other: torch has no error of its own for what it cannot read
-        return False
+        return None
 
 
 def main(args: ArgsType = None) -> None:

@@ -15,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ttr._choices import (
+    LMS,
     NLMS,
     DiagonalNewton,
+    Exact,
     Gain,
     GradientDescent,
     Hebbian,
@@ -28,8 +30,9 @@ from ttr._choices import (
     Window,
 )
 from ttr._design import Design
-from ttr._inputs import Prepared, forgetting, prepare
+from ttr._inputs import Prepared, check_state, forgetting, history_axes, prepare, streaming_axes
 from ttr._state import State
+from ttr.ops._chunks import state_dtype, without_autocast
 
 
 def regress(
@@ -46,31 +49,47 @@ def regress(
     Takes and raises what `ttr.regress` does, from which it differs in speed, and in that its state may be the history.
     """
     tensors = prepare(design, q, k, v, inputs)
-    state = state or State()
-    if isinstance(design.optimizer, GradientDescent):
-        return _gradient_descent(design, design.optimizer, tensors, state)
-    if isinstance(design.optimizer, Hebbian) and design.weights.recursive:
-        return _hebbian(design, design.optimizer, tensors, state.memory)
+    dtype = state_dtype(v)
+    if dtype != v.dtype:
+        wide = {name: x.to(dtype) for name, x in inputs.items()}
+        tensors = prepare(design, q.to(dtype), k.to(dtype), v.to(dtype), wide)
+    with without_autocast(v):
+        y, after = _solve(design, tensors, state)
+    return y.to(v.dtype), after
 
+
+def _solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tensor, State]:
+    optimizer = design.optimizer
+    if design.weights.recursive and isinstance(optimizer, (GradientDescent, Hebbian)):
+        state = check_state(design, state, streaming_axes(design), tensors)
+        if isinstance(optimizer, GradientDescent):
+            return _gradient_descent(design, optimizer, tensors, state)
+        return _hebbian(design, optimizer, tensors, state.memory)
+
+    state = check_state(design, state, history_axes(design), tensors)
     tensors, history = _with_history(design, tensors, state.history)
-    if isinstance(design.optimizer, Hebbian):
-        y, _ = _hebbian(design, design.optimizer, tensors, None)
+    if isinstance(optimizer, Hebbian):
+        y, _ = _hebbian(design, optimizer, tensors, None)
+    elif isinstance(optimizer, Exact):
+        y = _exact(design, optimizer, tensors)
     else:
-        y = _exact(design, tensors)
+        raise ValueError(f"optimizer: expected one that ttr.oracle defines, got {optimizer}")
     return y, State(history=history)
 
 
 def _with_history(design: Design, tensors: Prepared, past: dict[str, Tensor]) -> tuple[Prepared, dict[str, Tensor]]:
     """The tensors with all past pairs before the new ones; queries stay new."""
-    by_name = {"k": tensors.k, "v": tensors.v} | tensors.inputs
+    by_name = {"k": tensors.raw_k, "v": tensors.v} | tensors.inputs
     timed = [name for name in by_name if name in ("k", "v") or "time" in design.inputs[name].split()]
     history = {name: torch.cat([past[name], by_name[name]], dim=1) if past else by_name[name] for name in timed}
-    return Prepared(tensors.q, history["k"], history["v"], tensors.inputs | history), history
+    features = design.feature_map(history["k"])
+    inputs = tensors.inputs | {name: x for name, x in history.items() if name in design.inputs}
+    return Prepared(tensors.q, features, history["v"], inputs, tensors.raw_q, history["k"]), history
 
 
 def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Tensor]]:
     """For each query its time t and the log of γ_i^(t) of every pair i ≤ t, (batch, pairs, heads, 1 or key)."""
-    q, k, _, inputs = tensors
+    q, k, inputs = tensors.raw_q, tensors.raw_k, tensors.inputs
     log_decay, importance = _log_factors(weights, inputs, k)
     total = log_decay[:, :0]
     first = k.shape[1] - q.shape[1]
@@ -104,7 +123,7 @@ def _log_factors(weights: Weights, inputs: Mapping[str, Tensor], k: Tensor) -> t
 
 def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tensor | None) -> tuple[Tensor, State]:
     """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value."""
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     if optimizer.normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     log_decay, _ = _log_factors(design.weights, inputs, k)
@@ -116,14 +135,20 @@ def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tens
             memory = memory + log_decay[:, : t + 1].sum(1).exp().unsqueeze(-1) * initial
         outputs.append(_read(memory, q[:, t - first]))
     y = _stack(outputs, v)
-    return y[..., :-1] / y[..., -1:] if optimizer.normalize else y, State(memory=memory)
+    return (normalized(y) if optimizer.normalize else y), State(memory=memory)
+
+
+def normalized(y: Tensor) -> Tensor:
+    """Sums of values over their last entry, the sum of weights; 0 where no weight has been given."""
+    total = y[..., -1:]
+    return y[..., :-1] / torch.where(total == 0, 1, total)
 
 
 def _gradient_descent(
     design: Design, optimizer: GradientDescent, tensors: Prepared, state: State
 ) -> tuple[Tensor, State]:
     """One pair after the other: decay the memory, differentiate the pair's loss there, step."""
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     log_decay, importance = _log_factors(design.weights, inputs, k)
     step_size = inputs["step_size"]
     if optimizer.steps == 1:
@@ -173,12 +198,14 @@ def _in_metric(
         identity = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
         outer = key.unsqueeze(-1) * key.unsqueeze(-2)
         return torch.linalg.solve(identity + size[..., None, None] * outer, scaled)
-    return scaled
+    if isinstance(gain, LMS):
+        return scaled
+    raise ValueError(f"gain: expected one that ttr.oracle defines, got {gain}")
 
 
-def _exact(design: Design, tensors: Prepared) -> Tensor:
+def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
     """The weighted ridge regression of each query's past, by `lstsq` on the rows √w_i (φ_i, v_i) and √Λ (I, 0)."""
-    q, k, v, inputs = tensors
+    q, k, v, inputs, *_ = tensors
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
     local = design.regressor if isinstance(design.regressor, LocalPolynomial) else None
@@ -188,18 +215,22 @@ def _exact(design: Design, tensors: Prepared) -> Tensor:
         if local:
             log_weight = log_weight.log_softmax(dim=1)
             rows = _monomials(k[:, : t + 1] - query.unsqueeze(1), local.degree)
-            penalty = _local_penalty(rows, inputs.get("ridge"))
+            root_penalty = _local_root_penalty(rows, inputs.get("ridge"))
             read = torch.zeros_like(rows[:, 0])
             read[..., 0] = 1
         else:
             rows, read = k[:, : t + 1], query
-            penalty = inputs["ridge"].expand_as(query)
-            if design.optimizer.ridge_decays:  # type: ignore[attr-defined]
-                penalty = penalty * log_decay[:, : t + 1].sum(1).exp()
+            log_penalty = inputs["ridge"].log().expand_as(query)
+            if optimizer.ridge_decays:
+                log_penalty = log_penalty + log_decay[:, : t + 1].sum(1)
+            # Only the ratio of weights and ridge counts: kernel weights too large for a number are scaled down.
+            largest = log_weight.detach().amax(1, keepdim=True).clamp_min(0)
+            log_weight = log_weight - largest
+            root_penalty = ((log_penalty - largest.squeeze(1)) / 2).exp().clamp_min(torch.finfo(v.dtype).tiny)
         root = (log_weight / 2).exp()
-        data = torch.cat([(root * rows).transpose(1, 2), torch.diag_embed(penalty.sqrt())], dim=-2)
+        data = torch.cat([(root * rows).transpose(1, 2), torch.diag_embed(root_penalty)], dim=-2)
         target = (root * v[:, : t + 1]).transpose(1, 2)
-        padded = torch.nn.functional.pad(target, (0, 0, 0, penalty.shape[-1]))
+        padded = torch.nn.functional.pad(target, (0, 0, 0, root_penalty.shape[-1]))
         outputs.append(_read(torch.linalg.lstsq(data, padded).solution, read))
     return _stack(outputs, v)
 
@@ -209,11 +240,11 @@ def _monomials(x: Tensor, degree: int) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x, Quadratic()(x)][: degree + 1], dim=-1)
 
 
-def _local_penalty(rows: Tensor, ridge: Tensor | None) -> Tensor:
-    """The ridge on every coefficient but the constant one, (batch, heads, coefficients)."""
+def _local_root_penalty(rows: Tensor, ridge: Tensor | None) -> Tensor:
+    """√λ on every coefficient but the constant one, (batch, heads, coefficients)."""
     penalty = torch.zeros_like(rows[:, 0])
     if ridge is not None:
-        penalty[..., 1:] = ridge.unsqueeze(-1)
+        penalty[..., 1:] = ridge.sqrt().unsqueeze(-1)
     return penalty
 
 

@@ -132,9 +132,10 @@ def test_a_chapter_that_raises_shows_its_traceback_and_the_others_finish(book):
 
 def test_parameters_reach_the_chapter_and_are_shown_in_it(book):
     book.chapter("parameters", "# %%\nprint(scale, device, size)\n")
-    run = book.execute("--scale", "full", "-p", "size=5")
+    run = book.execute("-p", "scale=full", "-p", "size=5")
     assert run.returncode == 0, run.stderr
     assert book.outputs("parameters") == "full cpu 5\n"
+    assert json.loads((book.root / "_build" / ".execute" / "parameters.json").read_text())["scale"] == "full"
     assert b"size = 5" in book.product("parameters")
 
 
@@ -144,6 +145,8 @@ def test_parameters_reach_the_chapter_and_are_shown_in_it(book):
         (HEADER, ["-p", "sise=5"], "tiny has no parameter sise; its parameters are: scale, device, size"),
         ("", [], "tiny has no parameter device, scale; its parameters are: none"),
         (HEADER, ["-p", "size"], "-p size: expected name=value"),
+        (HEADER, ["-p", "scale=huge"], "-p scale=huge: expected one of smoke, full"),
+        (HEADER, ["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (HEADER, ["huge"], "unknown chapter: huge; the chapters are tiny"),
     ],
 )

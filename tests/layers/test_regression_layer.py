@@ -92,3 +92,32 @@ def test_a_step_size_of_two_is_reachable_only_where_allowed() -> None:
 def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RegressionLayer(**({"design": "delta_net", "d_model": 24, "num_heads": 2} | options))
+
+
+@pytest.mark.filterwarnings("ignore::ttr.SlowPathWarning")
+def test_every_cell_starts_stable() -> None:
+    """Freshly made, on a sequence far longer than the key size, no memory of the design space grows without bound."""
+    for design in ttr.atlas.cells():
+        torch.manual_seed(0)
+        streaming = design.weights.recursive and design.loss == ttr.SquaredError()
+        with torch.no_grad():
+            y, cache = RegressionLayer(design, 16, 2).extend(torch.randn(1, 256 if streaming else 12, 16))
+        assert y.isfinite().all(), design
+        if cache.state.memory is not None:
+            assert cache.state.memory.abs().max() < 1e3, design
+
+
+def test_an_empty_stretch_leaves_the_cache() -> None:
+    torch.manual_seed(0)
+    layer, x = RegressionLayer("gated_delta_net", 16, 2), torch.randn(1, 5, 16)
+    y, cache = layer.extend(x)
+    nothing, cache = layer.extend(x[:, :0], cache)
+    assert nothing.shape == (1, 0, 16)
+    again, _ = layer.extend(x, cache)
+    both, _ = layer.extend(torch.cat([x, x], dim=1))
+    assert relative_error(torch.cat([y, again], dim=1), both) <= 1e-5
+
+
+def test_a_layer_knows_its_shapes_without_values() -> None:
+    layer = RegressionLayer("kda", 16, 2).to("meta")
+    assert layer(torch.empty(2, 9, 16, device="meta")).shape == (2, 9, 16)

@@ -100,6 +100,7 @@ def test_text_is_learnt_from_a_uniform_start(tmp_path):
             "ckpt_path: expected a Lightning checkpoint, got 'nowhere.ckpt', which does not exist",
         ),
         (RECALL, "--ckpt_path", __file__, "ckpt_path: expected a Lightning checkpoint, got"),
+        (TEXT, "--ckpt_path", "last", "last.ckpt', which does not exist"),
         (TEXT, "--data.corpus", "nowhere", "corpus: expected a folder that exists, got 'nowhere'"),
         (RECALL, "--data.num_pairs", "99", "length: expected at least 3 * num_pairs = 297, got 32"),
         (RECALL, "--data.pairs", "4", "'pairs' is not accepted"),
@@ -115,6 +116,15 @@ def test_a_mistake_is_one_message_and_no_traceback(monkeypatch, capsys, config, 
     assert stopped.value.code == 2
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("option", "value"), [("--model.design", "longhorn"), ("--model.d_model", "32")])
+def test_another_model_does_not_go_on_from_a_checkpoint(whole, capsys, option, value):
+    checkpoint = whole[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(RECALL), option, value, "--ckpt_path", str(checkpoint)])
+    assert stopped.value.code == 2
+    assert f"{option[2:]}: expected" in capsys.readouterr().err
 
 
 def test_other_tensors_are_not_a_checkpoint(monkeypatch, capsys, tmp_path):

@@ -29,6 +29,8 @@ class ShortConvolution(nn.Module):
         """The filtered sequence, and the last width − 1 inputs, with which a next call goes on."""
         if past is None:
             past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
+        if x.shape[1] == 0:
+            return x, past
         extended = torch.cat([past, x], dim=1)
         filtered = self.filter(extended.mT).mT
         return nn.functional.silu(filtered), extended[:, x.shape[1] :]

@@ -72,8 +72,11 @@ class RegressionLayer(nn.Module):
             raise ValueError(f'conv_on: expected letters of "qkv", got {conv_on!r}')
         if not 0 < max_step_size <= 2:
             raise ValueError(f"max_step_size: expected a number in (0, 2], got {max_step_size}")
-        key_dim = key_dim or d_model // num_heads
-        value_dim = value_dim or d_model // num_heads
+        key_dim = d_model // num_heads if key_dim is None else key_dim
+        value_dim = d_model // num_heads if value_dim is None else value_dim
+        for name, size in {"d_model": d_model, "key_dim": key_dim, "value_dim": value_dim}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         optimizer = self.design.optimizer
         steps = optimizer.steps if isinstance(optimizer, GradientDescent) else 1
         pairs = (steps,) if steps > 1 else ()
@@ -123,6 +126,10 @@ class RegressionLayer(nn.Module):
             scale = (self.log_temperature / 2).exp()
             q, k, v = scale * q, scale * k, v.to(scale.dtype)
         inputs = {name: module(x) for name, module in self.inputs.items()}
+        if "step_size" in inputs and self.design.feature_map != Identity():
+            # β is the share of an error that a step removes: of features that have no unit length, too.
+            length = self.design.feature_map(k).square().sum(-1)
+            inputs["step_size"] = inputs["step_size"] / length.clamp_min(1)
         y, state = regress(self.design, q, k, v, state=cache.state, **inputs)
         y = self.norm(y.to(self.norm.weight.dtype)).flatten(2)
         if self.gate is not None:

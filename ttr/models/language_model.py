@@ -52,7 +52,12 @@ class RegressionLM(nn.Module):
         num_heads: memories in each block.
         design: a `ttr.Design` or the slug of a published one for all blocks, or a list with one for each (a hybrid).
         mlp_ratio: hidden size of the blocks' MLPs over d_model; 0 leaves them out.
-        key_dim, value_dim, conv_width, conv_on, max_step_size, gate: as in `RegressionLayer`.
+        key_dim: size of a key in each head; d_model // num_heads by default.
+        value_dim: size of a value in each head; d_model // num_heads by default.
+        conv_width: taps of the short convolutions.
+        conv_on: which of "q", "k" and "v" have one; "" for none.
+        max_step_size: what β reaches; 2 admits negative eigenvalues.
+        gate: whether the memories' answers are gated.
 
     Raises:
         ValueError: for an unknown slug, or a list of designs that is not num_layers long.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TypeVar
 
@@ -21,6 +22,12 @@ State = TypeVar("State")
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype that states and reductions have for such an input: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """No lower precision on the device of x, where there is any."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def zero_state(k: Tensor, v: Tensor) -> Tensor:
@@ -46,7 +53,7 @@ def map_chunks(
     time = like.shape[1]
     whole = time - time % chunk_size
     outputs = []
-    with torch.autocast(like.device.type, enabled=False):
+    with without_autocast(like):
         for start, stop, size in ((0, whole, chunk_size), (whole, time, time - whole)):
             if start == stop:
                 continue

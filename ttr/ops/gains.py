@@ -84,22 +84,26 @@ def recursive_least_squares(
     ridge: Float[Tensor, "heads key"],
     log_decay: Float[Tensor, "batch time heads"] | None = None,
     *,
+    weight: Float[Tensor, "batch time heads"] | None = None,
     initial_curvature: Float[Tensor, "batch heads key key"] | None = None,
 ) -> tuple[Keys, Float[Tensor, "batch heads key key"]]:
     r"""The gain that makes the delta rule exact.
 
     .. math::
-        g_t = G_t^{-1} k_t, \qquad G_t = e^{\ell_t} G_{t-1} + k_t k_t^\top, \qquad
+        g_t = w_t\, G_t^{-1} k_t, \qquad G_t = e^{\ell_t} G_{t-1} + w_t\, k_t k_t^\top, \qquad
         G_0 = \operatorname{Diag}(\lambda)
 
     The ridge is a prior and fades with the data. Once it has faded, keys that do not span the space would leave
-    G singular; the rounding unit times its mean diagonal is added, so that the gain stays finite. Every G_t is
-    formed: time·key² numbers and time·key³ operations a head.
+    G singular; the rounding unit times its trace is added, the least that a factorisation can resolve, so that the
+    gain stays finite and :math:`k_t^\top g_t` in [0, 1]. Every G_t is formed: time·key² numbers and time·key³
+    operations a head.
 
     Returns the gain and the final G. Raises `ValueError` for a wrong shape, a ridge ≤ 0, a positive or
     non-finite log_decay. Plackett (1950) without decay; Haykin (2002) with it.
     """
-    _check(k, None, ridge, log_decay, initial_curvature=(initial_curvature, "batch heads key key"))
+    states = {"initial_curvature": (initial_curvature, "batch heads key key")}
+    _check(k, None, ridge, log_decay, weight=(weight, "batch time heads"), **states)
+    check_range("weight", weight, low=0.0)
     batch, _, heads, key = k.shape
     dtype = state_dtype(k)
     if initial_curvature is None:
@@ -107,10 +111,13 @@ def recursive_least_squares(
     k = k.to(dtype)
     if log_decay is not None:
         log_decay = log_decay[..., None, None]
-    curvature = decayed_sum(k.unsqueeze(-1) * k.unsqueeze(-2), log_decay, initial_curvature)
+    weighted = k if weight is None else weight.unsqueeze(-1) * k
+    curvature = decayed_sum(weighted.unsqueeze(-1) * k.unsqueeze(-2), log_decay, initial_curvature)
     limits = torch.finfo(dtype)
-    floor = limits.eps * curvature.diagonal(dim1=-2, dim2=-1).mean(-1) + limits.tiny
-    gain = torch.linalg.solve(curvature + floor[..., None, None] * torch.eye(key, dtype=dtype, device=k.device), k)
+    floor = limits.eps * curvature.diagonal(dim1=-2, dim2=-1).sum(-1) + limits.tiny
+    identity = torch.eye(key, dtype=dtype, device=k.device)
+    factor = torch.linalg.cholesky(curvature + floor[..., None, None] * identity)
+    gain = torch.cholesky_solve(weighted.unsqueeze(-1), factor).squeeze(-1)
     return gain, curvature[:, -1] if k.shape[1] else initial_curvature
 
 
