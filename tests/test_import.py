@@ -10,11 +10,13 @@ import sys, time
 for absent in ("triton", "ttr_kernels", "lightning", "matplotlib", "IPython", "jsonargparse"):
     sys.modules[absent] = None  # importing it now raises
 import torch
+compiler = "torch._dynamo" in sys.modules
 threads, dtype, seed = torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()
 start = time.perf_counter()
 import ttr
 seconds = time.perf_counter() - start
 assert (threads, dtype, seed) == (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+assert compiler == ("torch._dynamo" in sys.modules)  # torch's compiler takes seconds, and imports triton
 x = torch.randn(1, 5, 1, 4)
 ttr.regress(ttr.Design(), x, x, x)
 print(seconds)

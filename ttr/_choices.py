@@ -328,13 +328,8 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, Quadratic()(x) / 2**0.5], dim=-1)
 
 
-@torch.compiler.assume_constant_result  # a compiler can neither trace the draw nor see through the cache
-def _orthogonal_directions(number: int, key: int, seed: int) -> Tensor:
-    return _drawn_directions(number, key, seed)
-
-
 @cache
-def _drawn_directions(number: int, key: int, seed: int) -> Tensor:
+def _orthogonal_directions(number: int, key: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     frames = -(-number // key)
     normal = torch.randn(frames, key, key, generator=generator, dtype=torch.float64)
