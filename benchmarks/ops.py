@@ -68,9 +68,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], int]] = {
 
 def quartiles(function: Callable[[], Any], seconds: float) -> list[float]:
     """First quartile, median and third quartile of one call's seconds."""
-    timer = Timer(
-        "function()", globals={"function": function}, num_threads=torch.get_num_threads()
-    )
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     times = torch.tensor(timer.blocked_autorange(min_run_time=seconds).times, dtype=torch.float64)
     return times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
 
