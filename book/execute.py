@@ -38,6 +38,9 @@ GOLDEN = ROOT / "tests" / "golden"
 IMPORTED = ("ttr", "kernels", "configs")
 VERSIONED = ("torch", "triton", "numpy", "matplotlib", "lightning")
 
+# The parameters that every chapter has, the default first.
+CHOICES = {"scale": ("smoke", "full"), "device": ("cpu", "cuda")}
+
 KERNEL = "ttr-book"
 KERNEL_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
@@ -97,8 +100,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="a chapter, e.g. 04_delta_rule (default: all)")
-    parser.add_argument("--scale", choices=("smoke", "full"), default="smoke")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for name, choices in CHOICES.items():
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
     parser.add_argument("--jobs", type=int, default=2, help="chapters at a time (always one on a GPU)")
     parser.add_argument("--force", action="store_true", help="execute unchanged chapters too")
     parser.add_argument(
@@ -113,10 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     for assignment in list(arguments.parameters):  # the same as the options, and as binding
         name, _, value = assignment.partition("=")
-        if name in ("scale", "device"):
-            allowed = {"scale": ("smoke", "full"), "device": ("cpu", "cuda")}[name]
-            if value not in allowed:
-                parser.error(f"-p {assignment}: expected one of {', '.join(allowed)}")
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                parser.error(f"-p {assignment}: expected one of {', '.join(CHOICES[name])}")
             setattr(arguments, name, value)
             arguments.parameters.remove(assignment)
     if arguments.jobs < 1:

@@ -8,9 +8,9 @@ function (a feature map, a similarity, a loss) it can be called. What a combinat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,10 +37,13 @@ class Choice:
         )
 
     def _values(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        return {field.name: getattr(self, field.name) for field in self._fields()}
+
+    def _fields(self) -> tuple[Field[Any], ...]:
+        return fields(self) if is_dataclass(self) else ()
 
     def __str__(self) -> str:
-        defaults = {f.name: f.default for f in fields(self)} if is_dataclass(self) else cast(dict[str, Any], {})
+        defaults = {field.name: field.default for field in self._fields()}
         changed = {name: value for name, value in self._values().items() if value != defaults[name]}
         shown = [f"{name}={value if isinstance(value, Choice) else repr(value)}" for name, value in changed.items()]
         return f"{type(self).__name__}({', '.join(shown)})"

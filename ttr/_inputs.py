@@ -115,11 +115,15 @@ def streaming_axes(design: Design) -> dict[str, str]:
     return axes
 
 
-def history_axes(design: Design) -> dict[str, str]:
-    """What a memory without such a state keeps of every past pair, and its axes."""
+def pair_axes(design: Design) -> dict[str, str]:
+    """What belongs to a pair, and its axes: key, value and every input that has a time."""
     timed = {name: axes for name, axes in design.inputs.items() if "time" in axes.split()}
-    axes = {"k": "batch time heads raw", "v": "batch time heads value"} | timed
-    return {f"history[{name!r}]": own.replace("time", "past") for name, own in axes.items()}
+    return {"k": "batch time heads raw", "v": "batch time heads value"} | timed
+
+
+def history_axes(design: Design) -> dict[str, str]:
+    """The state of a memory that keeps every past pair, and its axes."""
+    return {f"history[{name!r}]": axes.replace("time", "past") for name, axes in pair_axes(design).items()}
 
 
 def forgetting(weights: Weights, inputs: Mapping[str, Tensor], q: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -86,7 +86,7 @@ def regress(
         uses_triton(backend, q, missing=f"{design}")
         if not torch.compiler.is_compiling():
             _warn_slow(str(design))
-        return oracle.regress(design, q, k, v, state=state, **inputs)
+        return oracle.solve(design, tensors, state)
     state = check_state(design, state, streaming_axes(design), tensors)
     return lowering(design, tensors, state, chunk_size=chunk_size, backend=backend)
 

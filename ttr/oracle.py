@@ -30,7 +30,7 @@ from ttr._choices import (
     Window,
 )
 from ttr._design import Design
-from ttr._inputs import Prepared, check_state, forgetting, history_axes, prepare, streaming_axes
+from ttr._inputs import Prepared, check_state, forgetting, history_axes, pair_axes, prepare, streaming_axes
 from ttr._state import State
 from ttr.ops._chunks import state_dtype, without_autocast
 
@@ -48,11 +48,15 @@ def regress(
 
     Takes and raises what `ttr.regress` does, from which it differs in speed, and in that its state may be the history.
     """
-    tensors = prepare(design, q, k, v, inputs)
-    dtype = state_dtype(v)
+    return solve(design, prepare(design, q, k, v, inputs), state)
+
+
+def solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tensor, State]:
+    """`regress` on tensors that are prepared; in at least float32 whatever their dtype and autocast."""
+    v, dtype = tensors.v, state_dtype(tensors.v)
     if dtype != v.dtype:
-        wide = {name: x.to(dtype) for name, x in inputs.items()}
-        tensors = prepare(design, q.to(dtype), k.to(dtype), v.to(dtype), wide)
+        wide = {name: x.to(dtype) for name, x in tensors.inputs.items()}
+        tensors = prepare(design, tensors.raw_q.to(dtype), tensors.raw_k.to(dtype), v.to(dtype), wide)
     with without_autocast(v):
         y, after = _solve(design, tensors, state)
     return y.to(v.dtype), after
@@ -80,9 +84,9 @@ def _solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tens
 def _with_history(design: Design, tensors: Prepared, past: dict[str, Tensor]) -> tuple[Prepared, dict[str, Tensor]]:
     """The tensors with all past pairs before the new ones; queries stay new."""
     by_name = {"k": tensors.raw_k, "v": tensors.v} | tensors.inputs
-    timed = [name for name in by_name if name in ("k", "v") or "time" in design.inputs[name].split()]
-    history = {name: torch.cat([past[name], by_name[name]], dim=1) if past else by_name[name] for name in timed}
-    features = design.feature_map(history["k"])
+    new = {name: by_name[name] for name in pair_axes(design)}
+    history = {name: torch.cat([past[name], x], dim=1) for name, x in new.items()} if past else new
+    features = design.feature_map(history["k"]) if past else tensors.k
     inputs = tensors.inputs | {name: x for name, x in history.items() if name in design.inputs}
     return Prepared(tensors.q, features, history["v"], inputs, tensors.raw_q, history["k"]), history
 

@@ -121,3 +121,17 @@ def test_an_empty_stretch_leaves_the_cache() -> None:
 def test_a_layer_knows_its_shapes_without_values() -> None:
     layer = RegressionLayer("kda", 16, 2).to("meta")
     assert layer(torch.empty(2, 9, 16, device="meta")).shape == (2, 9, 16)
+
+
+@pytest.mark.parametrize("gain", [ttr.LMS(), ttr.NLMS()], ids=str)
+def test_a_step_of_one_stores_the_newest_pair_whatever_the_features(gain: ttr._choices.Gain) -> None:
+    torch.manual_seed(0)
+    design = Design(regressor=ttr.Linear(ttr.EluPlusOne()), optimizer=GradientDescent(gain))
+    layer = RegressionLayer(design, 16, 2, conv_on="")
+    torch.nn.init.constant_(layer.inputs["step_size"].bias, 20.0)  # β = 1
+    x = torch.randn(1, 1, 16)
+    _, cache = layer.extend(x)
+    k, v = (layer.projections[name](x).unflatten(-1, (2, 8)) for name in "kv")
+    k = torch.nn.functional.normalize(k, dim=-1) * (layer.log_temperature / 2).exp()
+    answer = torch.einsum("bhkv,bthk->bthv", cache.state.memory, design.feature_map(k))
+    assert relative_error(answer, v) <= 1e-4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
 from ttr._atlas import atlas
-from ttr._choices import GradientDescent, Identity, Kernel
+from ttr._choices import NLMS, GradientDescent, Identity, Implicit, Kernel
 from ttr._design import Design
 from ttr._regress import regress
 from ttr._state import State
@@ -80,6 +80,9 @@ class RegressionLayer(nn.Module):
         optimizer = self.design.optimizer
         steps = optimizer.steps if isinstance(optimizer, GradientDescent) else 1
         pairs = (steps,) if steps > 1 else ()
+        # The other gains measure their step against the features themselves.
+        plain = isinstance(optimizer, GradientDescent) and not isinstance(optimizer.gain, (NLMS, Implicit))
+        self.measures_steps = plain and self.design.feature_map != Identity()
         self.shapes = {
             "q": (num_heads, key_dim),
             "k": (*pairs, num_heads, key_dim),
@@ -126,7 +129,7 @@ class RegressionLayer(nn.Module):
             scale = (self.log_temperature / 2).exp()
             q, k, v = scale * q, scale * k, v.to(scale.dtype)
         inputs = {name: module(x) for name, module in self.inputs.items()}
-        if "step_size" in inputs and self.design.feature_map != Identity():
+        if self.measures_steps:
             # β is the share of an error that a step removes: of features that have no unit length, too.
             length = self.design.feature_map(k).square().sum(-1)
             inputs["step_size"] = inputs["step_size"] / length.clamp_min(1)
