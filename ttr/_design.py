@@ -1,8 +1,9 @@
-r"""A memory is a choice on each of four axes: this file composes them.
+r"""A memory is a choice on each of five axes: this file composes them.
 
     m_t = argmin over m in M of  Σ_{i≤t} γ_i^(t) loss(v_i − m(k_i)),      y_t = m_t(q_t)
 
-The weights γ, the regressor class M, the optimizer that (nearly) solves the regression, and the loss.
+The weights γ, the regressor class M, the optimizer that (nearly) solves the regression, the loss, and the retention,
+by which an optimizer that takes steps stays near the memory it had.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ttr._choices import (
+    L2,
     Choice,
     Decay,
     Exact,
@@ -27,6 +29,7 @@ from ttr._choices import (
     Loss,
     Optimizer,
     Regressor,
+    Retention,
     SquaredError,
     Uniform,
     Weights,
@@ -72,6 +75,7 @@ class Design:
     regressor: Regressor = Linear()
     optimizer: Optimizer = Hebbian()
     loss: Loss = SquaredError()
+    retention: Retention = L2()
 
     def __post_init__(self) -> None:
         for axis, kind in AXES.items():
@@ -86,9 +90,9 @@ class Design:
                 raise ValueError(f"{first}={getattr(self, first)} clashes with {other}: {clash.why}")
 
     @property
-    def choices(self) -> tuple[Weights, Regressor, Optimizer, Loss]:
+    def choices(self) -> tuple[Weights, Regressor, Optimizer, Loss, Retention]:
         """The choices, in the order of the axes."""
-        return self.weights, self.regressor, self.optimizer, self.loss
+        return self.weights, self.regressor, self.optimizer, self.loss, self.retention
 
     @property
     def structure(self) -> tuple[Any, ...]:
@@ -142,8 +146,15 @@ AXES: dict[str, type[Choice]] = {
     "regressor": Regressor,
     "optimizer": Optimizer,
     "loss": Loss,
+    "retention": Retention,
 }
-AN = {"weights": "Weights", "regressor": "a Regressor", "optimizer": "an Optimizer", "loss": "a Loss"}
+AN = {
+    "weights": "Weights",
+    "regressor": "a Regressor",
+    "optimizer": "an Optimizer",
+    "loss": "a Loss",
+    "retention": "a Retention",
+}
 
 
 def _weighs_by(design: Design, kind: type[Weights]) -> bool:

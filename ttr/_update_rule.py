@@ -15,11 +15,14 @@ from ttr._choices import (
     Loss,
     Optimizer,
     Regressor,
+    Retention,
     Weights,
 )
 
 
-def update_rule(weights: Weights, regressor: Regressor, optimizer: Optimizer, loss: Loss) -> list[str]:
+def update_rule(
+    weights: Weights, regressor: Regressor, optimizer: Optimizer, loss: Loss, retention: Retention
+) -> list[str]:
     """The lines of the memory that these choices make."""
     if isinstance(regressor, LocalPolynomial):
         return _local(weights, regressor.degree)
