@@ -21,7 +21,11 @@ def sample(
     design: Design, time: int, *, batch: int = BATCH, heads: int = HEADS, key: int = KEY, value: int = VALUE,
     dtype: torch.dtype = torch.float64, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """q, k (of unit norm), v and the inputs that the design declares, each inside its range."""
+    """q, k (of unit norm), v and the inputs that the design declares, each inside its range.
+
+    A design that reads its channels in pairs gets one channel more where `key` is odd.
+    """
+    key += key % 2 if "frequency" in design.inputs else 0
     generator = torch.Generator().manual_seed(seed)
     steps = design.optimizer.steps if isinstance(design.optimizer, GradientDescent) else 1
     pairs = (steps,) if steps > 1 else ()
@@ -33,7 +37,7 @@ def sample(
     k = normalize(normal(batch, time, *pairs, heads, key), dim=-1)
     v = normal(batch, time, *pairs, heads, value)
     features = design.feature_map.size(key)
-    sizes = {"batch": batch, "time": time, "steps": steps, "heads": heads, "key": features}
+    sizes = {"batch": batch, "time": time, "steps": steps, "heads": heads, "key": features, "pair": features // 2}
     inputs = {}
     for name, axes in design.inputs.items():
         shape = [sizes[axis] for axis in axes.split()]

@@ -62,7 +62,7 @@ def test_the_op_equals_the_definition(design: Design) -> None:
         y, state = ttr.regress(design, *qkv, chunk_size=8, **inputs)
     expected, expected_state = ttr.oracle.regress(design, *qkv, **inputs)
     assert relative_error(y, expected) <= 1e-10
-    for name in ("memory", "momentum", "curvature"):
+    for name in ("memory", "momentum", "curvature", "log_scale"):
         if getattr(expected_state, name) is not None:
             assert relative_error(getattr(state, name), getattr(expected_state, name)) <= 1e-10
 
@@ -81,11 +81,12 @@ def test_gradients_equal_those_of_the_definition(design: Design) -> None:
 
     def gradients(function: object) -> dict[str, Tensor]:
         leaves = {"q": q, "k": k, "v": v} | inputs
-        carried = {n: x for n, x in vars(start).items() if isinstance(x, Tensor)}
+        # A scale is divided out again: by design no gradient flows through it.
+        carried = {n: x for n, x in vars(start).items() if isinstance(x, Tensor) and n != "log_scale"}
         if isinstance(design.optimizer, Exact):
             carried = {}  # there the op hands on a memory and the definition the history
         leaves = {name: x.detach().clone().requires_grad_() for name, x in (leaves | carried).items()}
-        state = ttr.State(**{name: leaves[name] for name in carried})
+        state = ttr.State(**{name: leaves[name] for name in carried}, log_scale=start.log_scale)
         y, _ = function(design, *(leaves[n] for n in "qkv"), state=state, **{n: leaves[n] for n in inputs})
         return dict(zip(leaves, torch.autograd.grad(y.square().sum(), list(leaves.values())), strict=True))
 

@@ -1,7 +1,7 @@
 """Test-time regression: sequence layers as associative memories that fit keys to values while they read."""
 
 from ttr import layers, models, ops, oracle
-from ttr._atlas import atlas
+from ttr._atlas import atlas, identify
 from ttr._choices import (
     L2,
     LMS,
@@ -79,6 +79,7 @@ __all__ = [
     "Uniform",
     "Window",
     "atlas",
+    "identify",
     "layers",
     "models",
     "ops",

@@ -5,49 +5,60 @@ from __future__ import annotations
 import difflib
 import html
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from ttr._choices import (
     NLMS,
     Choice,
+    ComplexDecay,
     ContinuousDecay,
     Decay,
     DiagonalNewton,
     EluPlusOne,
     Exact,
+    Gaussian,
     GradientDescent,
     Hebbian,
     Huber,
     Implicit,
+    InputGate,
     Kernel,
     Linear,
     LocalPolynomial,
     PositiveRandom,
+    Probe,
     SquaredError,
     Taylor,
     Uniform,
     Window,
 )
 from ttr._design import AXES, PUBLISHED, Design, Publication
+from ttr._limits import Limit
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published layer: its name, its paper, its design, and the designs that go by the same name."""
+    """A published layer: its name, its paper, its design, the designs that go by the same name, and its layer.
+
+    `layer` holds the options of `ttr.layers.RegressionLayer` that are part of what was published.
+    """
 
     publication: Publication
     design: Design
     also: tuple[Design, ...] = ()
+    layer: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _row(slug: str, name: str, year: int, cite: str, design: Design, *also: Design) -> Row:
-    return Row(Publication(slug, name, year, cite), design, also)
+def _row(slug: str, name: str, year: int, cite: str, design: Design, *also: Design, **layer: Any) -> Row:
+    return Row(Publication(slug, name, year, cite), design, also, layer)
 
 
 _normalized = Hebbian(normalize=True)
 _elu, _random, _taylor = Linear(EluPlusOne()), Linear(PositiveRandom()), Linear(Taylor())
 _channel = Decay(per="channel")
+_constant, _slope, _curve = (LocalPolynomial(degree) for degree in range(3))
 
 ROWS = (
     _row(
@@ -65,6 +76,11 @@ ROWS = (
     _row("retnet", "RetNet", 2023, "sun2023retnet", Design(Decay(fixed=True))),
     _row("mamba2", "Mamba-2", 2024, "dao2024mamba2", Design(ContinuousDecay())),
     _row("gla", "Gated linear attention", 2023, "yang2023gated", Design(_channel)),
+    _row(
+        "mlstm", "mLSTM", 2024, "beck2024xlstm",
+        Design(Decay() * InputGate(exponential=True), optimizer=Hebbian(normalize=True, floor=1.0)),
+    ),
+    _row("s4d", "S4D", 2022, "gu2022s4d", Design(ComplexDecay()), fixed="qk"),
     _row("delta_net", "DeltaNet", 2021, "schlag2021linear", Design(optimizer=GradientDescent())),
     _row("gated_delta_net", "Gated DeltaNet", 2024, "yang2024gateddelta", Design(Decay(), optimizer=GradientDescent())),
     _row("kda", "Kimi Delta Attention", 2025, "kimi2025linear", Design(_channel, optimizer=GradientDescent())),
@@ -86,7 +102,57 @@ ROWS = (
         "recursive_least_squares", "Recursive least squares", 1950, "plackett1950some",
         Design(optimizer=Exact()), Design(Decay(), optimizer=Exact()),
     ),
+    _row("intention", "Intention", 2023, "garnelo2023intention", Design(optimizer=Exact(ridge_decays=False))),
+    _row(
+        "mesa_net", "MesaNet", 2025, "vonoswald2025mesanet",
+        Design(Decay() * InputGate(), optimizer=Exact(ridge_decays=False)),
+        Design(Decay(), optimizer=Exact(ridge_decays=False)),
+    ),
+    _row(
+        "softmax_attention", "Softmax attention", 2017, "vaswani2017attention",
+        Design(Kernel(), _constant, Exact()), unit=False,
+    ),
+    _row(
+        "qk_norm_attention", "QK-norm attention", 2020, "henry2020querykey",
+        Design(Kernel(Gaussian()), _constant, Exact()),
+    ),
+    _row(
+        "sliding_window_attention", "Sliding-window attention", 2020, "beltagy2020longformer",
+        Design(Kernel() * Window(64), _constant, Exact()), unit=False,
+    ),
+    _row(
+        "forgetting_attention", "Forgetting attention", 2025, "lin2025forgetting",
+        Design(Kernel() * Decay(), _constant, Exact()), unit=False,
+    ),
+    _row(
+        "local_linear_attention", "Local linear attention", 2025, "zuo2025local",
+        Design(Kernel(), _slope, Exact()), Design(Kernel(Gaussian()), _slope, Exact()),
+    ),
+    _row(
+        "local_quadratic_attention", "Local quadratic attention", 2025, "wang2025testtime",
+        Design(Kernel(), _curve, Exact()),
+    ),
+    _row("parallax", "Parallax", 2026, "zuo2026parallax", Design(Kernel(), _slope, Probe())),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A published layer that is no regression: `layer` in `ttr.layers`, and why it has no design."""
+
+    publication: Publication
+    layer: str
+    why: str
+
+
+BASELINES = (
+    Baseline(
+        Publication("orchid", "Orchid", 2024, "karami2024orchid"),
+        "OrchidLayer",
+        "a convolution weighs values by their distance in time, and its filter has seen the whole sequence: no query "
+        "is compared with a key, nothing is fitted, and nothing can be decoded token by token",
+    ),
+)
 
 PUBLISHED.update({d.structure: row.publication for row in ROWS for d in (row.design, *row.also)})
 
@@ -94,15 +160,17 @@ PUBLISHED.update({d.structure: row.publication for row in ROWS for d in (row.des
 CELLS: dict[str, tuple[Choice, ...]] = {
     "weights": (
         Uniform(), Decay(), _channel, Decay(fixed=True), ContinuousDecay(), Window(64),
-        Kernel(), Kernel() * Decay(), Kernel() * Window(64),
+        Decay() * InputGate(), Decay() * InputGate(exponential=True), ComplexDecay(),
+        Kernel(), Kernel(Gaussian()), Kernel() * Decay(), Kernel() * Window(64),
     ),
     "regressor": (
-        Linear(), _elu, _random, _taylor, LocalPolynomial(0), LocalPolynomial(1), LocalPolynomial(2),
+        Linear(), _elu, _random, _taylor, _constant, _slope, _curve,
     ),
     "optimizer": (
-        Hebbian(), _normalized, GradientDescent(), GradientDescent(NLMS()), GradientDescent(Implicit()),
+        Hebbian(), _normalized, Hebbian(normalize=True, floor=1.0),
+        GradientDescent(), GradientDescent(NLMS()), GradientDescent(Implicit()),
         GradientDescent(DiagonalNewton()), GradientDescent(momentum=True), GradientDescent(steps=2), Exact(),
-        Exact(ridge_decays=False),
+        Exact(ridge_decays=False), Probe(),
     ),
     "loss": (SquaredError(), Huber()),
 }  # fmt: skip
@@ -162,18 +230,27 @@ class Atlas(Mapping[str, Design]):
     def __repr__(self) -> str:
         return f"Atlas({', '.join(self)})"
 
+    @property
+    def baselines(self) -> dict[str, Baseline]:
+        """Published layers outside the framework, by slug, each with the reason."""
+        return {baseline.publication.slug: baseline for baseline in BASELINES}
+
     def row(self, slug: str) -> Row:
         """The whole row: publication, design, and the designs that go by the same name."""
         self[slug]
         return self._rows[slug]
 
     def cells(self) -> Iterator[Design]:
-        """Every combination of the choices that makes sense, named or not."""
+        """Every combination of the choices that makes sense, named or not; one of each kind."""
+        kinds = set()
         for choices in product(*CELLS.values()):
             try:
-                yield Design(*choices)  # type: ignore[arg-type]
+                design = Design(*choices)  # type: ignore[arg-type]
             except ValueError:
                 continue
+            if design.structure not in kinds:
+                kinds.add(design.structure)
+                yield design
 
     def table(self) -> Table:
         """The published points, and how many cells around them the atlas has no name for."""
@@ -183,8 +260,57 @@ class Atlas(Mapping[str, Design]):
             rows.append((slug, f"{name} ({year})", *map(str, row.design.choices), ", ".join(row.design.inputs)))
         cells = list(self.cells())
         unnamed = sum(cell.name is None for cell in cells)
-        caption = f"{len(self)} published points; {unnamed} of {len(cells)} cells have no name here."
+        outside = ", ".join(f"{b.publication.name} ({b.why})" for b in BASELINES)
+        caption = (
+            f"{len(self)} published points; {unnamed} of {len(cells)} cells have no name here. Outside: {outside}."
+        )
         return Table(("slug", "name", *AXES, "inputs"), rows, caption)
+
+
+@dataclass(frozen=True)
+class Identification:
+    """What is known of a design.
+
+    Attributes:
+        design: the design.
+        publication: where it was published; None where it was not.
+        nearest: slugs of the published designs that differ on the fewest axes, each with those axes.
+        limits: what it becomes at its ends.
+    """
+
+    design: Design
+    publication: Publication | None
+    nearest: dict[str, tuple[str, ...]]
+    limits: tuple[Limit, ...]
+
+    def __str__(self) -> str:
+        name = f"{self.publication.name} ({self.publication.year})" if self.publication else "no name in the atlas"
+        near = [f"  {slug}: another {' and '.join(axes)}" for slug, axes in self.nearest.items()]
+        ends = [f"  {limit}" for limit in self.limits]
+        return "\n".join([f"{self.design}: {name}", "nearest:", *near, *(["limits:", *ends] if ends else [])])
+
+
+def identify(design: Design) -> Identification:
+    """Name a design: its publication, the published designs nearest to it, and its limits.
+
+    Numbers (a window's size, a bandwidth) do not count, only kinds. Raises `ValueError` for anything but a design.
+    """
+    if not isinstance(design, Design):
+        raise ValueError(f"design: expected a Design, such as ttr.Design(ttr.Decay()), got {design!r}")
+    others = [row for row in ROWS if row.publication != design.publication]
+    differing = {
+        row.publication.slug: min((_differing(design, form) for form in (row.design, *row.also)), key=len)
+        for row in others
+    }
+    least = min(map(len, differing.values()))
+    nearest = {slug: axes for slug, axes in differing.items() if len(axes) == least}
+    return Identification(design, design.publication, nearest, tuple(design.limits()))
+
+
+def _differing(design: Design, other: Design) -> tuple[str, ...]:
+    """The axes on which two designs are not of a kind."""
+    kinds = zip(AXES, design.structure, other.structure, strict=True)
+    return tuple(axis for axis, own, its in kinds if own != its)
 
 
 atlas = Atlas(ROWS)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ttr._choices import (
     L2,
     Choice,
+    ComplexDecay,
     Decay,
     Exact,
     FeatureMap,
@@ -28,6 +29,7 @@ from ttr._choices import (
     LocalPolynomial,
     Loss,
     Optimizer,
+    Probe,
     Regressor,
     Retention,
     SquaredError,
@@ -35,6 +37,7 @@ from ttr._choices import (
     Weights,
     Window,
 )
+from ttr._limits import Limit, limits
 from ttr._references import bibtex
 from ttr._update_rule import update_rule
 
@@ -127,6 +130,10 @@ class Design:
         """How the memory is written and read at step t, in LaTeX (an `aligned` block)."""
         return r"\begin{aligned}" + r" \\ ".join(update_rule(*self.choices)) + r"\end{aligned}"
 
+    def limits(self) -> list[Limit]:
+        """What this memory becomes where one of its numbers goes to an end, or its keys are special."""
+        return limits(self)
+
     def cites(self) -> tuple[str, ...]:
         """Keys of the works behind this design, the framework first."""
         published = (self.publication.cite,) if self.publication else ()
@@ -138,7 +145,9 @@ class Design:
         return bibtex(self.cites())
 
     def __str__(self) -> str:
-        return f"Design({', '.join(f'{axis}={getattr(self, axis)}' for axis in AXES)})"
+        default = Design()
+        changed = [axis for axis in AXES if getattr(self, axis) != getattr(default, axis)]
+        return f"Design({', '.join(f'{axis}={getattr(self, axis)}' for axis in changed)})"
 
 
 AXES: dict[str, type[Choice]] = {
@@ -161,6 +170,10 @@ def _weighs_by(design: Design, kind: type[Weights]) -> bool:
     return any(isinstance(factor, kind) for factor in design.weights.factors)
 
 
+def _normalizes(design: Design) -> bool:
+    return isinstance(design.optimizer, Hebbian) and design.optimizer.normalize
+
+
 CLASHES = (
     Clash(
         ("weights", "optimizer"),
@@ -174,16 +187,36 @@ CLASHES = (
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: (
-            isinstance(d.optimizer, Exact)
-            and any(isinstance(factor, Decay) and factor.per == "channel" for factor in d.weights.factors)
-        ),
-        "a weight that differs by channel weighs no pair's squared error; use Decay(per='head')",
+        lambda d: _weighs_by(d, ComplexDecay) and not isinstance(d.optimizer, Hebbian),
+        "turning a pair of channels weighs no error; use Decay() or Hebbian()",
+    ),
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: "log_input_gate" in d.weights.inputs and not _normalizes(d),
+        "weights of any size overflow unless their sum is divided by; use InputGate() or Hebbian(normalize=True)",
     ),
     Clash(
         ("regressor", "optimizer"),
-        lambda d: isinstance(d.regressor, LocalPolynomial) and not isinstance(d.optimizer, Exact),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and not isinstance(d.optimizer, (Exact, Probe)),
         "a local polynomial is fitted afresh for every query; use Exact()",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: isinstance(d.optimizer, Probe) and d.regressor != LocalPolynomial(1),
+        "a probe stands for the solve of a local linear fit; use LocalPolynomial(1)",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and d.optimizer == Exact(ridge_decays=False),
+        "a local fit's ridge is relative to weights that sum to one, and never decays; use Exact()",
+    ),
+    Clash(
+        ("weights", "regressor"),
+        lambda d: (
+            isinstance(d.regressor, LocalPolynomial)
+            and any(isinstance(factor, Decay) and factor.per == "channel" for factor in d.weights.factors)
+        ),
+        "a local fit weighs pairs and not their channels; use Decay(per='head')",
     ),
     Clash(
         ("weights", "regressor"),
@@ -211,7 +244,13 @@ CLASHES = (
     ),
     Clash(
         ("regressor", "optimizer"),
-        lambda d: isinstance(d.optimizer, Hebbian) and d.optimizer.normalize and not d.feature_map.positive,
-        "normalising divides by sums of φ(q)ᵀφ(k), which this feature map does not keep positive; use EluPlusOne()",
+        lambda d: _normalizes(d) and not d.optimizer.floor and not d.feature_map.positive,  # type: ignore[attr-defined]
+        "normalising divides by sums of φ(q)ᵀφ(k), which this feature map does not keep positive; use EluPlusOne() or "
+        "a floor",
+    ),
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: _weighs_by(d, ComplexDecay) and _normalizes(d),
+        "complex weights have no positive sum; use Hebbian()",
     ),
 )

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ttr._choices import (
+    ComplexDecay,
     ContinuousDecay,
     Decay,
     DiagonalNewton,
     Exact,
     GradientDescent,
     Hebbian,
+    InputGate,
     Kernel,
     Uniform,
     Weights,
@@ -24,13 +26,19 @@ from ttr._state import State
 from ttr.ops._check import check_range, check_shapes
 
 RANGES: dict[str, dict[str, Any]] = {
+    "frequency": {},
+    "input_gate": {"low": 0.0},
     "log_decay": {"high": 0.0},
+    "log_input_gate": {},
     "log_momentum": {"high": 0.0},
+    "probe": {},
     "rate": {"low": 0.0},
     "ridge": {"low": 0.0, "open_low": True},
     "step_size": {"low": 0.0},
     "time_step": {"low": 0.0},
 }
+
+OF_THE_QUERY = ("probe",)
 
 
 class Prepared(NamedTuple):
@@ -70,6 +78,9 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
         raise ValueError(f"k: expected {design.optimizer.steps} steps a token, got {sizes['steps']}")  # type: ignore[attr-defined]
     tensors |= {"q": design.feature_map(q), "k": design.feature_map(k)} | dict(inputs)
     axes |= design.inputs
+    if "frequency" in inputs and inputs["frequency"].shape[-1:] != (tensors["k"].shape[-1] / 2,):
+        got = f"{tuple(inputs['frequency'].shape)} for keys of {tensors['k'].shape[-1]} channels"
+        raise ValueError(f"frequency: expected one for each pair of channels, got {got}")
     check_shapes(**{name: (tensors[name], axes[name]) for name in tensors})
     for name, tensor in inputs.items():
         check_range(name, tensor, **RANGES[name])
@@ -105,8 +116,10 @@ def streaming_axes(design: Design) -> dict[str, str]:
     optimizer = design.optimizer
     normalized = isinstance(optimizer, Hebbian) and optimizer.normalize
     axes = {"memory": "batch heads key value" if not normalized else "batch heads key value_and_one"}
+    if normalized and "log_input_gate" in design.inputs:
+        axes["log_scale"] = "batch heads"
     if isinstance(optimizer, Exact):
-        axes["curvature"] = "batch heads key other_key"
+        axes = {"curvature": "batch heads key other_key", "cross": "batch heads key value"}
     if isinstance(optimizer, GradientDescent):
         if optimizer.momentum:
             axes["momentum"] = "batch heads key value"
@@ -116,8 +129,8 @@ def streaming_axes(design: Design) -> dict[str, str]:
 
 
 def pair_axes(design: Design) -> dict[str, str]:
-    """What belongs to a pair, and its axes: key, value and every input that has a time."""
-    timed = {name: axes for name, axes in design.inputs.items() if "time" in axes.split()}
+    """What belongs to a pair, and its axes: key, value and every input that has a time but the query's own."""
+    timed = {n: axes for n, axes in design.inputs.items() if "time" in axes.split() and n not in OF_THE_QUERY}
     return {"k": "batch time heads raw", "v": "batch time heads value"} | timed
 
 
@@ -126,24 +139,31 @@ def history_axes(design: Design) -> dict[str, str]:
     return {f"history[{name!r}]": axes.replace("time", "past") for name, axes in pair_axes(design).items()}
 
 
-def forgetting(weights: Weights, inputs: Mapping[str, Tensor], q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def forgetting(weights: Weights, inputs: Mapping[str, Tensor], k: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The log of the factor on old pairs a token, (batch, time, heads[, key]), and the weight of a new one.
 
-    Either is None where the weights leave it at one.
+    Either is None where the weights leave it at one. Neither holds what is no such factor: a window, a kernel, the
+    turning of a complex decay, and a gate that comes as its logarithm because it may be of any size.
     """
     log_decay = importance = None
     for factor in weights.factors:
-        if isinstance(factor, Decay):
+        own = new = None
+        if isinstance(factor, (Decay, ComplexDecay)):
             own = inputs["log_decay"]
-            if factor.fixed:
-                own = own.expand(*q.shape[:2], *own.shape)
+            if isinstance(factor, ComplexDecay):
+                own = own.repeat_interleave(2, dim=-1)
+            if "time" not in factor.inputs["log_decay"].split():
+                own = own.expand(*k.shape[:2], *own.shape)
         elif isinstance(factor, ContinuousDecay):
-            own, importance = -inputs["rate"] * inputs["time_step"], inputs["time_step"]
-        elif isinstance(factor, (Uniform, Window, Kernel)):
-            continue
-        else:
+            own, new = -inputs["rate"] * inputs["time_step"], inputs["time_step"]
+        elif isinstance(factor, InputGate):
+            new = None if factor.exponential else inputs["input_gate"]
+        elif not isinstance(factor, (Uniform, Window, Kernel)):
             raise ValueError(f"weights: expected weights that ttr.oracle defines, got {factor}")
-        log_decay = own if log_decay is None else _aligned(log_decay, own) + _aligned(own, log_decay)
+        if own is not None:
+            log_decay = own if log_decay is None else _aligned(log_decay, own) + _aligned(own, log_decay)
+        if new is not None:
+            importance = new if importance is None else importance * new
     return log_decay, importance
 
 

@@ -22,19 +22,27 @@ from ttr._choices import (
     Decay,
     DiagonalNewton,
     Exact,
+    Exponential,
+    Gaussian,
     GradientDescent,
     Hebbian,
     Implicit,
+    Kernel,
     Linear,
+    LocalPolynomial,
     SquaredError,
+    Weights,
+    Window,
 )
 from ttr._design import Design
-from ttr._inputs import Prepared, check_state, forgetting, prepare, streaming_axes
+from ttr._inputs import Prepared, check_state, forgetting, history_axes, pair_axes, prepare, streaming_axes
 from ttr._state import State
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size
 
 Lowering = Callable[..., tuple[Tensor, State]]
+
+SIMILARITIES = {Exponential: "exponential", Gaussian: "gaussian"}
 
 
 class SlowPathWarning(UserWarning):
@@ -87,7 +95,8 @@ def regress(
         if not torch.compiler.is_compiling():
             _warn_slow(str(design))
         return oracle.solve(design, tensors, state)
-    state = check_state(design, state, streaming_axes(design), tensors)
+    axes = history_axes(design) if lowering is _local_fit else streaming_axes(design)
+    state = check_state(design, state, axes, tensors)
     return lowering(design, tensors, state, chunk_size=chunk_size, backend=backend)
 
 
@@ -98,33 +107,52 @@ def _warn_slow(design: str) -> None:
 
 
 def _lowering(design: Design) -> Lowering | None:
-    optimizer = design.optimizer
+    optimizer, regressor, weights = design.optimizer, design.regressor, design.weights
     # Exact types: a choice of one's own that extends one of these means something else.
-    linear = type(design.regressor) is Linear and type(design.loss) is SquaredError
-    if not linear or not design.weights.recursive:
+    if type(design.loss) is not SquaredError:
         return None
-    if isinstance(optimizer, GradientDescent) and type(optimizer.gain) not in (LMS, NLMS, Implicit, DiagonalNewton):
+    if type(regressor) is LocalPolynomial and not _per_channel(weights):
+        kernels = [factor for factor in weights.factors if isinstance(factor, Kernel)]
+        return _local_fit if type(kernels[0].similarity) in SIMILARITIES else None
+    if type(regressor) is not Linear or not weights.recursive:
         return None
     if isinstance(optimizer, Hebbian):
         return _hebbian_sum
-    if isinstance(optimizer, GradientDescent):
-        per_channel = any(isinstance(f, Decay) and f.per == "channel" for f in design.weights.factors)
-        return None if optimizer.momentum and per_channel else _error_correction
-    if isinstance(optimizer, Exact) and optimizer.ridge_decays:
-        return _recursive_least_squares
-    return None
+    if isinstance(optimizer, GradientDescent) and type(optimizer.gain) in (LMS, NLMS, Implicit, DiagonalNewton):
+        return None if optimizer.momentum and _per_channel(weights) else _error_correction
+    return _least_squares if isinstance(optimizer, Exact) else None
+
+
+def _per_channel(weights: Weights) -> bool:
+    return any(isinstance(factor, Decay) and factor.per == "channel" for factor in weights.factors)
 
 
 def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
     q, k, v, inputs, *_ = tensors
+    optimizer: Hebbian = design.optimizer  # type: ignore[assignment]
     log_decay, importance = forgetting(design.weights, inputs, k)
+    log_scale = None
+    if "log_input_gate" in inputs:
+        log_decay, gate, log_scale = ops.divide_out_largest(
+            torch.zeros_like(k[..., 0]) if log_decay is None else log_decay, inputs["log_input_gate"], state.log_scale
+        )
+        importance = gate if importance is None else gate * importance
     if importance is not None:
         k = importance.unsqueeze(-1) * k
-    normalize = design.optimizer.normalize  # type: ignore[attr-defined]
-    if normalize:
+    if optimizer.normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    if "frequency" in inputs:
+        # In a frame that turns with the memory, only the decay is left of it.
+        turns = torch.arange(k.shape[1] + 1, device=k.device).double()[:, None, None] * inputs["frequency"]
+        q, k = ops.rotate(q, -turns[1:]), ops.rotate(k, -turns[1:])
     y, memory = ops.linear_attention(q, k, v, log_decay, initial_state=state.memory, **how)
-    return (oracle.normalized(y) if normalize else y), State(memory=memory)
+    if "frequency" in inputs:
+        memory = ops.rotate(memory.mT, turns[-1].unsqueeze(-2)).mT
+    if optimizer.normalize:
+        y = oracle.normalized(y, optimizer.floor, log_scale)
+    if log_scale is not None:
+        log_scale = log_scale[:, -1] if k.shape[1] else state.log_scale
+    return y, State(memory=memory, log_scale=log_scale)
 
 
 def _error_correction(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
@@ -173,12 +201,52 @@ def _error_correction(design: Design, tensors: Prepared, state: State, **how: An
     return y[:, optimizer.steps - 1 :: optimizer.steps], State(memory=memory, curvature=curvature)
 
 
-def _recursive_least_squares(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
+def _least_squares(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
     q, k, v, inputs, *_ = tensors
+    optimizer: Exact = design.optimizer  # type: ignore[assignment]
     log_decay, importance = forgetting(design.weights, inputs, k)
-    gain, curvature = ops.gains.recursive_least_squares(
-        k, inputs["ridge"], log_decay, weight=importance, initial_curvature=state.curvature
+    initial = None if state.curvature is None else (state.curvature, state.cross)
+    y, (curvature, cross) = ops.least_squares(
+        q,
+        k,
+        v,
+        inputs["ridge"],
+        log_decay,
+        weight=importance,
+        ridge_decays=optimizer.ridge_decays,
+        initial_state=initial,
+        **how,
     )
-    # Forgetting acts on both sides of the normal equations and cancels: the fitted map itself does not decay.
-    y, memory = ops.delta_rule(q, k, v, gain, initial_state=state.memory, **how)
-    return y, State(memory=memory, curvature=curvature)
+    return y, State(curvature=curvature, cross=cross)
+
+
+def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
+    q, k, v, inputs, *_ = tensors
+    factors = {type(factor): factor for factor in design.weights.factors}
+    kernel, window = factors[Kernel], factors.get(Window)
+    by_name = {"k": k, "v": v} | inputs
+    new = {name: by_name[name] for name in pair_axes(design)}
+    log_decay, importance = forgetting(design.weights, inputs, k)
+    past = None
+    if state.history:
+        past_decay, past_importance = forgetting(design.weights, inputs | state.history, state.history["k"])
+        past = ops.Past(state.history["k"], state.history["v"], past_decay, past_importance)
+    y, _ = ops.local_polynomial(
+        q,
+        k,
+        v,
+        degree=design.regressor.degree,
+        bandwidth=kernel.bandwidth,
+        ridge=inputs.get("ridge"),
+        log_decay=log_decay,
+        weight=importance,
+        window=None if window is None else window.size,
+        similarity=SIMILARITIES[type(kernel.similarity)],
+        probe=inputs.get("probe"),
+        initial_state=past,
+        **how,
+    )
+    history = {name: torch.cat([state.history[name], x], dim=1) for name, x in new.items()} if state.history else new
+    if window is not None:
+        history = {name: x[:, max(0, x.shape[1] - window.size + 1) :] for name, x in history.items()}
+    return y, State(history=history)

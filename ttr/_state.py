@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -15,17 +16,28 @@ class State:
     Attributes:
         memory: the fitted linear map, (batch, heads, key, value).
         momentum: the step that goes on, (batch, heads, key, value).
+        log_scale: the logarithm of what the memory has been divided by, (batch, heads).
         curvature: the keys' weighted second moment, (batch, heads, key, key) or its diagonal.
+        cross: the weighted sum of key–value products, (batch, heads, key, value).
+        network: what a neural memory goes on from, by name, batch first: see `ttr.ops.neural_memory`.
         history: for fits that no fixed-size state can continue, every past tensor by name, time second.
     """
 
     memory: Tensor | None = None
     momentum: Tensor | None = None
+    log_scale: Tensor | None = None
     curvature: Tensor | None = None
+    cross: Tensor | None = None
+    network: dict[str, Tensor] | None = None
     history: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The state with the function applied to each of its tensors (`Tensor.detach`, a move, a selection)."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "history"}
-        mapped = {name: None if x is None else function(x) for name, x in tensors.items()}
-        return State(**mapped, history={name: function(x) for name, x in self.history.items()})
+        mapped = {f.name: _each(function, getattr(self, f.name)) for f in fields(self)}
+        return State(**mapped)
+
+
+def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: function(x) for name, x in value.items()}
+    return None if value is None else function(value)

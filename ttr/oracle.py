@@ -17,6 +17,7 @@ from torch import Tensor
 from ttr._choices import (
     LMS,
     NLMS,
+    ComplexDecay,
     DiagonalNewton,
     Exact,
     Gain,
@@ -25,6 +26,7 @@ from ttr._choices import (
     Implicit,
     Kernel,
     LocalPolynomial,
+    Probe,
     Quadratic,
     Weights,
     Window,
@@ -68,12 +70,14 @@ def _solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tens
         state = check_state(design, state, streaming_axes(design), tensors)
         if isinstance(optimizer, GradientDescent):
             return _gradient_descent(design, optimizer, tensors, state)
-        return _hebbian(design, optimizer, tensors, state.memory)
+        return _hebbian(design, optimizer, tensors, state)
 
     state = check_state(design, state, history_axes(design), tensors)
     tensors, history = _with_history(design, tensors, state.history)
     if isinstance(optimizer, Hebbian):
-        y, _ = _hebbian(design, optimizer, tensors, None)
+        y, _ = _hebbian(design, optimizer, tensors, State())
+    elif isinstance(optimizer, Probe):
+        y = _probe(design, tensors)
     elif isinstance(optimizer, Exact):
         y = _exact(design, optimizer, tensors)
     else:
@@ -92,7 +96,10 @@ def _with_history(design: Design, tensors: Prepared, past: dict[str, Tensor]) ->
 
 
 def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Tensor]]:
-    """For each query its time t and the log of γ_i^(t) of every pair i ≤ t, (batch, pairs, heads, 1 or key)."""
+    """For each query its time t and the log of γ_i^(t) of every pair i ≤ t, (batch, pairs, heads, 1 or key).
+
+    A complex decay's has an imaginary part, and an entry a pair of channels.
+    """
     q, k, inputs = tensors.raw_q, tensors.raw_k, tensors.inputs
     log_decay, importance = _log_factors(weights, inputs, k)
     total = log_decay[:, :0]
@@ -105,6 +112,8 @@ def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Ten
         if importance is not None:
             tiny = torch.finfo(importance.dtype).tiny
             log_weight = log_weight + importance[:, : t + 1].clamp_min(tiny).log().unsqueeze(-1)
+        if "log_input_gate" in inputs:
+            log_weight = log_weight + inputs["log_input_gate"][:, : t + 1].unsqueeze(-1)
         for factor in weights.factors:
             if isinstance(factor, Kernel):
                 similarity = factor.similarity(q[:, t - first].unsqueeze(1), k[:, : t + 1])
@@ -112,6 +121,9 @@ def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Ten
             if isinstance(factor, Window):
                 old = torch.arange(t, -1, -1, device=k.device) >= factor.size
                 log_weight = log_weight.masked_fill(old[:, None, None], -torch.inf)
+            if isinstance(factor, ComplexDecay):
+                turns = torch.arange(t, -1, -1, device=k.device)[:, None, None] * inputs["frequency"]
+                log_weight = torch.complex(*torch.broadcast_tensors(log_weight[..., ::2], turns))
         yield t, log_weight
 
 
@@ -125,27 +137,74 @@ def _log_factors(weights: Weights, inputs: Mapping[str, Tensor], k: Tensor) -> t
     return log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1), importance
 
 
-def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, memory: Tensor | None) -> tuple[Tensor, State]:
-    """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value."""
+def _log_carried(weights: Weights, log_decay: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The log of what is left of a memory after these tokens, (batch, heads, 1 or key or, if complex, pair)."""
+    left = log_decay.sum(1)
+    if any(isinstance(factor, ComplexDecay) for factor in weights.factors):
+        return torch.complex(*torch.broadcast_tensors(left[..., ::2], log_decay.shape[1] * inputs["frequency"]))
+    return left
+
+
+def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, state: State) -> tuple[Tensor, State]:
+    """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value.
+
+    Where weights come as logarithms of any size, the largest so far, e^m, is divided out of S.
+    """
     q, k, v, inputs, *_ = tensors
     if optimizer.normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
-    initial, outputs = memory, []
+    initial, memory, log_scale, outputs = state.memory, state.memory, state.log_scale, []
     for t, log_weight in _log_weights(design.weights, tensors):
-        memory = torch.einsum("bihk,bihv->bhkv", log_weight.exp() * k[:, : t + 1], v[:, : t + 1])
+        log_carried = _log_carried(design.weights, log_decay[:, : t + 1], inputs)
+        if "log_input_gate" in inputs:
+            carried = log_carried.squeeze(-1) + (-torch.inf if state.log_scale is None else state.log_scale)
+            log_scale = torch.maximum(log_weight.squeeze(-1).amax(1), carried).detach()
+            log_weight = log_weight - log_scale[:, None, :, None]
+            log_carried = (carried - log_scale).unsqueeze(-1)
+        memory = torch.einsum("bihk,bihv->bhkv", _weighted(log_weight, k[:, : t + 1]), v[:, : t + 1])
         if initial is not None:
-            memory = memory + log_decay[:, : t + 1].sum(1).exp().unsqueeze(-1) * initial
-        outputs.append(_read(memory, q[:, t - first]))
-    y = _stack(outputs, v)
-    return (normalized(y) if optimizer.normalize else y), State(memory=memory)
+            memory = memory + _weighted(log_carried.unsqueeze(-2), initial.mT).mT
+        y = _read(memory, q[:, t - first])
+        outputs.append(normalized(y, optimizer.floor, log_scale) if optimizer.normalize else y)
+    return _stack(outputs, tensors.v), State(memory=memory, log_scale=log_scale)
 
 
-def normalized(y: Tensor) -> Tensor:
-    """Sums of values over their last entry, the sum of weights; 0 where no weight has been given."""
+def _weighted(log_weight: Tensor, x: Tensor) -> Tensor:
+    """γ ∘ x; a complex weight multiplies x as the complex numbers that pairs of its channels are."""
+    if not log_weight.is_complex():
+        return log_weight.exp() * x
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(log_weight.exp() * pairs).flatten(-2)
+
+
+def normalized(y: Tensor, floor: float = 0.0, log_scale: Tensor | None = None) -> Tensor:
+    """Sums of values over their last entry, the sum of weights, or over `floor` where that is larger in size.
+
+    Both sums come divided by the exponential of `log_scale`. Without weights the answer is 0.
+    """
     total = y[..., -1:]
+    if floor:
+        least = floor if log_scale is None else floor * (-log_scale).exp().unsqueeze(-1)
+        return y[..., :-1] / total.abs().clamp_min(least)
     return y[..., :-1] / torch.where(total == 0, 1, total)
+
+
+def _probe(design: Design, tensors: Prepared) -> Tensor:
+    """E_w[v] + Cov_w(v, k) r_t, with the weights of each query's past."""
+    q, k, v, inputs, *_ = tensors
+    first = k.shape[1] - q.shape[1]
+    outputs = []
+    for t, log_weight in _log_weights(design.weights, tensors):
+        weight = log_weight.softmax(1)
+        key, value = k[:, : t + 1], v[:, : t + 1]
+        mean_key, mean_value = ((weight * x).sum(1) for x in (key, value))
+        covariance = torch.einsum(
+            "bihk,bihv->bhkv", weight * (key - mean_key.unsqueeze(1)), value - mean_value.unsqueeze(1)
+        )
+        outputs.append(mean_value + _read(covariance, inputs["probe"][:, t - first]))
+    return _stack(outputs, v)
 
 
 def _gradient_descent(
@@ -208,7 +267,10 @@ def _in_metric(
 
 
 def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
-    """The weighted ridge regression of each query's past, by `lstsq` on the rows √w_i (φ_i, v_i) and √Λ (I, 0)."""
+    """The weighted ridge regression of each query's past, by `lstsq` on the rows √w_i (φ_i, v_i) and √Λ (I, 0).
+
+    Weights that differ by channel minimise no squared error: see `_estimate`.
+    """
     q, k, v, inputs, *_ = tensors
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
@@ -227,6 +289,10 @@ def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
             log_penalty = inputs["ridge"].log().expand_as(query)
             if optimizer.ridge_decays:
                 log_penalty = log_penalty + log_decay[:, : t + 1].sum(1)
+            if log_weight.shape[-1] > 1:
+                memory = _estimate(log_weight.exp() * rows, rows, v[:, : t + 1], log_penalty.exp())
+                outputs.append(_read(memory, read))
+                continue
             # Only the ratio of weights and ridge counts: kernel weights too large for a number are scaled down.
             largest = log_weight.detach().amax(1, keepdim=True).clamp_min(0)
             log_weight = log_weight - largest
@@ -237,6 +303,15 @@ def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
         padded = torch.nn.functional.pad(target, (0, 0, 0, root_penalty.shape[-1]))
         outputs.append(_read(torch.linalg.lstsq(data, padded).solution, read))
     return _stack(outputs, v)
+
+
+def _estimate(weighted: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> Tensor:
+    """The S whose errors each channel finds uncorrelated with its keys under its own weights.
+
+    Σ_i Diag(γ_i) k_i (v_i − Sᵀ k_i)ᵀ = Λ S: least squares' normal equations, one weighting a row.
+    """
+    moment = torch.einsum("bihk,bihl->bhkl", weighted, k) + torch.diag_embed(ridge)
+    return torch.linalg.solve(moment, torch.einsum("bihk,bihv->bhkv", weighted, v))
 
 
 def _monomials(x: Tensor, degree: int) -> Tensor:

@@ -17,11 +17,13 @@ from ttr._choices.optimizers import (
     GradientDescent,
     Hebbian,
     Implicit,
+    Muon,
+    OnlineEM,
     Optimizer,
     Probe,
 )
-from ttr._choices.regressors import Linear, LocalPolynomial, Regressor
-from ttr._choices.retentions import L2, Retention
+from ttr._choices.regressors import MLP, Linear, LocalPolynomial, Mixture, Network, NormalizedLinear, Regressor
+from ttr._choices.retentions import KL, L2, Lq, Retention
 from ttr._choices.weights import (
     ComplexDecay,
     ContinuousDecay,
@@ -38,8 +40,10 @@ from ttr._choices.weights import (
 )
 
 __all__ = [
+    "KL",
     "L2",
     "LMS",
+    "MLP",
     "NLMS",
     "Choice",
     "ComplexDecay",
@@ -63,6 +67,12 @@ __all__ = [
     "LocalPolynomial",
     "Loss",
     "Lp",
+    "Lq",
+    "Mixture",
+    "Muon",
+    "Network",
+    "NormalizedLinear",
+    "OnlineEM",
     "Optimizer",
     "PositiveRandom",
     "Probe",

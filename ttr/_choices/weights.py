@@ -36,6 +36,9 @@ class Weights(Choice):
         kinds = [type(factor).__name__ for factor in factors]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"weights: expected each kind once in a product, got {' * '.join(kinds)}")
+        names = [name for factor in factors for name in factor.inputs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"weights: expected each input once in a product, got {', '.join(names)}")
         return Product(tuple(factors)) if len(factors) > 1 else (factors or [Uniform()])[0]
 
 

@@ -85,6 +85,32 @@ class FixedLogDecay(nn.Module):
         return self.log_decay
 
 
+class LogComplexDecay(nn.Module):
+    """ℓ = −Δ/2, learned; steps Δ evenly spread in logarithm over the heads, 0.001 to 0.1. Gu et al. (2022), S4D-Lin."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...]):
+        super().__init__()
+        self.log_rate = nn.Parameter((_time_steps(*shape) / 2).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.log_rate.exp()
+
+
+class Frequency(nn.Module):
+    """ω_n = πnΔ for the n-th pair of channels, learned; Δ as for `LogComplexDecay`. Gu et al. (2022), S4D-Lin."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...]):
+        super().__init__()
+        self.frequency = nn.Parameter(math.pi * torch.arange(shape[1]) * _time_steps(*shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frequency
+
+
+def _time_steps(heads: int, pairs: int) -> Tensor:
+    return torch.logspace(-3, -1, heads).unsqueeze(-1).expand(heads, pairs)
+
+
 class StepSize(_Projection):
     """β = largest · σ(Wx + b)."""
 
@@ -94,6 +120,20 @@ class StepSize(_Projection):
 
     def squash(self, x: Tensor) -> Tensor:
         return self.largest * x.sigmoid()
+
+
+class InputGate(_Projection):
+    """w = σ(Wx + b). von Oswald et al. (2025)."""
+
+    def squash(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+
+class Unbounded(_Projection):
+    """Wx + b: the logarithm of an exponential gate (Beck et al., 2024), a probe (Zuo et al., 2026)."""
+
+    def squash(self, x: Tensor) -> Tensor:
+        return x
 
 
 class LogMomentum(_Projection):
@@ -118,14 +158,20 @@ class Ridge(nn.Module):
         return softplus(self.bias) + self.least
 
 
-MODULES: dict[tuple[str, bool], type[nn.Module]] = {
-    ("log_decay", True): LogDecay,
-    ("log_decay", False): FixedLogDecay,
-    ("log_momentum", True): LogMomentum,
-    ("rate", False): Rate,
-    ("ridge", False): Ridge,
-    ("step_size", True): StepSize,
-    ("time_step", True): TimeStep,
+# By name, and by what the input has one of for: each token, each pair of channels, or neither.
+MODULES: dict[tuple[str, str], type[nn.Module]] = {
+    ("frequency", "pair"): Frequency,
+    ("input_gate", "time"): InputGate,
+    ("log_decay", "time"): LogDecay,
+    ("log_decay", "pair"): LogComplexDecay,
+    ("log_decay", ""): FixedLogDecay,
+    ("log_input_gate", "time"): Unbounded,
+    ("log_momentum", "time"): LogMomentum,
+    ("probe", "time"): Unbounded,
+    ("rate", ""): Rate,
+    ("ridge", ""): Ridge,
+    ("step_size", "time"): StepSize,
+    ("time_step", "time"): TimeStep,
 }
 
 
@@ -140,7 +186,7 @@ def input_modules(design: Design, d_model: int, sizes: dict[str, int], max_step_
     settings = {"step_size": {"largest": max_step_size}, "ridge": {"least": least_ridge}}
     modules = {}
     for name, axes in design.inputs.items():
-        timed = "time" in axes.split()
+        varies = next((axis for axis in ("time", "pair") if axis in axes.split()), "")
         shape = tuple(sizes[axis] for axis in axes.split() if axis not in ("batch", "time"))
-        modules[name] = MODULES[name, timed](d_model, shape, **settings.get(name, {}))
+        modules[name] = MODULES[name, varies](d_model, shape, **settings.get(name, {}))
     return nn.ModuleDict(modules)

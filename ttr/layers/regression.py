@@ -26,6 +26,17 @@ class Cache:
     past: dict[str, Tensor]
 
 
+class Constant(nn.Module):
+    """The same learned vector at every token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:
+        return self.vector.to(x.dtype).expand(*x.shape[:-1], -1)
+
+
 class RegressionLayer(nn.Module):
     r"""Tokens to queries, keys and values; a memory between them; its answers back to tokens.
 
@@ -37,7 +48,7 @@ class RegressionLayer(nn.Module):
     unit queries and keys are scaled by a learned temperature a head.
 
     Args:
-        design: a `ttr.Design`, or the slug of a published one.
+        design: a `ttr.Design`, or the slug of a published one, which brings the options that were published with it.
         d_model: size of a token.
         num_heads: memories side by side.
         key_dim: size of a key in each head; d_model // num_heads by default.
@@ -46,9 +57,12 @@ class RegressionLayer(nn.Module):
         conv_on: which of "q", "k" and "v" have one, as "qkv" or "k"; "" for none.
         max_step_size: what β reaches; 2 admits negative eigenvalues, and with them parity. Grazzi et al. (2024).
         gate: whether the answers are gated by SiLU(W_g x).
+        unit: whether queries and keys are brought to unit length; a slug's own by default, else True.
+        fixed: which of "q" and "k" are the same at every token, learned and without a convolution: a linear
+            time-invariant layer. A slug's own by default, else "".
 
     Raises:
-        ValueError: for an unknown slug, or sizes that are not positive or do not divide.
+        ValueError: for an unknown slug, sizes that are not positive or do not divide, letters that name nothing.
     """
 
     def __init__(
@@ -63,13 +77,20 @@ class RegressionLayer(nn.Module):
         conv_on: str = "qkv",
         max_step_size: float = 1.0,
         gate: bool = False,
+        unit: bool | None = None,
+        fixed: str | None = None,
     ):
         super().__init__()
         self.design = atlas[design] if isinstance(design, str) else design
+        published = atlas.row(design).layer if isinstance(design, str) else {}
+        self.unit = published.get("unit", True) if unit is None else unit
+        fixed = published.get("fixed", "") if fixed is None else fixed
         if num_heads < 1 or (d_model % num_heads and None in (key_dim, value_dim)):
             raise ValueError(f"num_heads: expected a divisor of d_model={d_model}, got {num_heads}")
         if not set(conv_on) <= set("qkv"):
             raise ValueError(f'conv_on: expected letters of "qkv", got {conv_on!r}')
+        if not set(fixed) <= set("qk"):
+            raise ValueError(f'fixed: expected letters of "qk", got {fixed!r}')
         if not 0 < max_step_size <= 2:
             raise ValueError(f"max_step_size: expected a number in (0, 2], got {max_step_size}")
         key_dim = d_model // num_heads if key_dim is None else key_dim
@@ -89,13 +110,18 @@ class RegressionLayer(nn.Module):
             "v": (*pairs, num_heads, value_dim),
         }
         widths = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
-        self.projections = nn.ModuleDict({n: nn.Linear(d_model, width, bias=False) for n, width in widths.items()})
-        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in "qkv" if n in conv_on})
-        sizes = {"heads": num_heads, "key": self.design.feature_map.size(key_dim), "steps": steps}
+        self.projections = nn.ModuleDict(
+            {n: Constant(width) if n in fixed else nn.Linear(d_model, width, bias=False) for n, width in widths.items()}
+        )
+        convolved = [n for n in "qkv" if n in conv_on and n not in fixed]
+        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in convolved})
+        features = self.design.feature_map.size(key_dim)
+        sizes = {"heads": num_heads, "key": features, "pair": features // 2, "steps": steps}
         self.inputs = input_modules(self.design, d_model, sizes, max_step_size)
         compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
         needs_temperature = compares or self.design.feature_map != Identity()
-        log_temperature = torch.full((num_heads, 1), key_dim**0.5).log()
+        # Unit vectors begin as far apart as random ones of length √d under 1/√d; vectors as they come, under 1/√d.
+        log_temperature = torch.full((num_heads, 1), key_dim ** (0.5 if self.unit else -0.5)).log()
         self.log_temperature = nn.Parameter(log_temperature) if needs_temperature else None
         self.norm = nn.RMSNorm(value_dim, eps=1e-5)
         self.gate = nn.Linear(d_model, num_heads * value_dim, bias=False) if gate else None
@@ -124,7 +150,9 @@ class RegressionLayer(nn.Module):
             if name in self.convolutions:
                 z, past[name] = self.convolutions[name](z, cache.past.get(name))
             projected[name] = z.unflatten(-1, self.shapes[name])
-        q, k, v = normalize(projected["q"], dim=-1), normalize(projected["k"], dim=-1), projected["v"]
+        q, k, v = (projected[name] for name in "qkv")
+        if self.unit:
+            q, k = normalize(q, dim=-1), normalize(k, dim=-1)
         if self.log_temperature is not None:
             scale = (self.log_temperature / 2).exp()
             q, k, v = scale * q, scale * k, v.to(scale.dtype)

@@ -58,6 +58,8 @@ class RegressionLM(nn.Module):
         conv_on: which of "q", "k" and "v" have one; "" for none.
         max_step_size: what β reaches; 2 admits negative eigenvalues.
         gate: whether the memories' answers are gated.
+        unit: whether queries and keys are brought to unit length; as published by default.
+        fixed: which of "q" and "k" are the same at every token; as published by default.
 
     Raises:
         ValueError: for an unknown slug, or a list of designs that is not num_layers long.
@@ -77,6 +79,8 @@ class RegressionLM(nn.Module):
         conv_on: str = "qkv",
         max_step_size: float = 1.0,
         gate: bool = False,
+        unit: bool | None = None,
+        fixed: str | None = None,
     ):
         super().__init__()
         designs = [design] * num_layers if isinstance(design, (str, Design)) else list(design)
@@ -89,6 +93,8 @@ class RegressionLM(nn.Module):
             "conv_on": conv_on,
             "max_step_size": max_step_size,
             "gate": gate,
+            "unit": unit,
+            "fixed": fixed,
         }
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(

@@ -1,0 +1,344 @@
+r"""Family (d): local polynomials, fitted afresh for every query to its weighted past and read at the query.
+
+Degree 0 is a weighted mean, softmax attention. Degree 1 (`ttr.ops._local_linear`) also follows the slope of the
+values. Degree 2 adds curvature: with ψ the monomials of degree 1 and 2 of k − q, m their mean and C their
+covariance, y = E[v] − Cov(v, ψ)(C + λI)^{-1} m, by a factorisation for every query. All go through blocks of queries
+and see no pair that lies in a block's future or before its window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._check import check_chunk_size, check_range, check_shapes
+from ttr.ops._chunks import state_dtype, without_autocast
+from ttr.ops._local_linear import LocalLinear, Settings, Solver, log_factors, spans
+
+Similarity = Literal["exponential", "gaussian"]
+
+QUADRATIC_BYTES = 2**30  # of the normal matrices of a block of queries
+QUADRATIC_FEATURES = 2**22  # numbers in the monomials of the pairs that some queries see
+
+
+class PastPairs(NamedTuple):
+    """The pairs from which a fit goes on; the decay and the weight where the call has them."""
+
+    k: Float[Tensor, "batch past heads key"]
+    v: Float[Tensor, "batch past heads value"]
+    log_decay: Float[Tensor, "batch past heads"] | None = None
+    weight: Float[Tensor, "batch past heads"] | None = None
+
+
+def local_polynomial(
+    q: Float[Tensor, "batch time heads key"],
+    k: Float[Tensor, "batch time heads key"],
+    v: Float[Tensor, "batch time heads value"],
+    degree: int,
+    bandwidth: float = 1.0,
+    ridge: Float[Tensor, " heads"] | None = None,
+    log_decay: Float[Tensor, "batch time heads"] | None = None,
+    *,
+    weight: Float[Tensor, "batch time heads"] | None = None,
+    window: int | None = None,
+    similarity: Similarity = "exponential",
+    probe: Float[Tensor, "batch time heads key"] | None = None,
+    solver: Solver = "auto",
+    steps: int = 100,
+    tolerance: float | None = None,
+    initial_state: PastPairs | None = None,
+    chunk_size: int = 128,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "batch time heads value"], PastPairs]:
+    r"""Fit a polynomial in k − q to each query's weighted past, and read it at the query.
+
+    .. math::
+        y_t = \beta_0, \qquad \beta = \arg\min \sum_{i \le t} p_{ti} \lVert v_i - \beta_0 - \beta_1^\top (k_i - q_t)
+        - \dots \rVert^2 + \lambda \lVert \beta_1, \dots \rVert^2, \qquad
+        p_{ti} \propto w_i\, e^{\ell_{i+1} + \dots + \ell_t}\, e^{q_t^\top k_i / h^2}
+
+    With means and covariances over p, degree 0 is :math:`\mathbb E[v]` and degree 1
+
+    .. math:: y_t = \mathbb E[v] + \operatorname{Cov}(v, k) (\operatorname{Cov}(k, k) + \lambda I)^{-1}
+        (q_t - \mathbb E[k])
+
+    Args:
+        q: queries; the bandwidth does the scaling.
+        k: keys.
+        v: values.
+        degree: 0, 1 or 2.
+        bandwidth: h > 0.
+        ridge: λ > 0, one a head, against weights that sum to one; on all coefficients but the constant, so needed
+            from degree 1 on. The quadratic monomials are scaled to the norm of :math:`(k-q)(k-q)^\top`.
+        log_decay: :math:`\ell_t \le 0`; None keeps everything.
+        weight: :math:`w_i \ge 0`. A pair of weight 0 is left out and gets no gradient; a query that no pair has
+            weight for gets 0.
+        window: how many pairs, the newest included, a query sees; None is all of them.
+        similarity: "exponential", or "gaussian" for :math:`e^{-\lVert q_t - k_i\rVert^2 / 2h^2}`.
+        probe: what stands at degree 1 in the place of :math:`(\operatorname{Cov} + \lambda I)^{-1}(q - \mathbb E k)`,
+            so that nothing is solved. Parallax's own probe is this one's negative.
+        solver: of degree 1. "direct" factorises each query's covariance, "conjugate_gradients" only the mean of a
+            block's; "auto" is direct for small keys, and elsewhere where conjugate gradients are slow.
+        steps: the most conjugate gradient steps; a direct solve also takes one or two, against rounding.
+        tolerance: where they stop, the relative residual; None is ten units of rounding.
+        initial_state: the pairs before the first; None for no pair.
+        chunk_size: queries treated at once; changes speed and memory, and the result within the tolerance.
+        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+
+    Returns:
+        The outputs in the dtype of v, and the pairs that the next call needs: all, or the last window − 1.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or choice, a number outside its range, a ridge or probe missing
+            or without a use, a state without the call's decay or weight, and degree 2 where the normal matrices of
+            a block, chunk_size · (1 + K + K(K+1)/2)² numbers a head, exceed a GiB.
+
+    Warns:
+        ConvergenceWarning: where conjugate gradients needed more steps.
+
+    Nadaraya (1964) and Watson (1964) for degree 0; Fan & Gijbels (1996) for local polynomials; Zuo et al. (2025)
+    for degree 1 as attention, by conjugate gradients; Zuo et al. (2026, Parallax) for the probe.
+    """
+    _check_numbers(degree, bandwidth, window, similarity, solver, steps, tolerance, chunk_size)
+    _check_tensors(q, k, v, degree, ridge, log_decay, weight, probe, initial_state)
+    uses_triton(backend, q, missing="local polynomials")
+    pairs = _joined(initial_state, PastPairs(k, v, log_decay, weight))
+    if q.shape[1] == 0:
+        return v, _kept(pairs, window)
+
+    dtype = state_dtype(v)
+    tolerance = 10 * torch.finfo(dtype).eps if tolerance is None else tolerance
+    how = Settings(chunk_size, window, solver, steps, tolerance)
+    with without_autocast(v):
+        wide = PastPairs(*(None if x is None else x.to(dtype).transpose(1, 2) for x in pairs))
+        query, slope = (None if x is None else x.to(dtype).transpose(1, 2) for x in (q, probe))
+        # Only differences of keys count; measured from one of them, large common parts cancel without rounding.
+        origin = wide.k[:, :, :1].detach()
+        wide = wide._replace(k=wide.k - origin)
+        target = query - origin
+        if similarity == "gaussian":
+            query = target
+        if degree == 0:
+            y = _constant(query, wide, bandwidth, similarity, how)
+        elif degree == 1:
+            y = _linear(query, target, wide, bandwidth, similarity, ridge, slope, how)
+        else:
+            y = _quadratic(query, target, wide, bandwidth, similarity, ridge, how)
+    return y.transpose(1, 2).to(v.dtype), _kept(pairs, window)
+
+
+def _check_numbers(
+    degree: int,
+    bandwidth: float,
+    window: int | None,
+    similarity: str,
+    solver: str,
+    steps: int,
+    tolerance: float | None,
+    chunk_size: int,
+) -> None:
+    for name, value, valid, expected in (
+        ("degree", degree, degree in (0, 1, 2), "0, 1 or 2"),
+        ("bandwidth", bandwidth, 0 < bandwidth < math.inf, "a positive finite number"),
+        ("window", window, window is None or window >= 1, "at least 1, or None"),
+        ("similarity", similarity, similarity in ("exponential", "gaussian"), '"exponential" or "gaussian"'),
+        (
+            "solver",
+            solver,
+            solver in ("auto", "conjugate_gradients", "direct"),
+            '"auto", "conjugate_gradients" or "direct"',
+        ),
+        ("steps", steps, steps >= 1, "at least 1"),
+        ("tolerance", tolerance, tolerance is None or 0 < tolerance < math.inf, "a positive finite number, or None"),
+    ):
+        if not valid:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    check_chunk_size(chunk_size)
+
+
+def _check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    degree: int,
+    ridge: Tensor | None,
+    log_decay: Tensor | None,
+    weight: Tensor | None,
+    probe: Tensor | None,
+    past: PastPairs | None,
+) -> None:
+    if probe is not None and degree != 1:
+        raise ValueError(f"probe: expected None at degree {degree}, got a tensor")
+    solved = degree > 0 and probe is None
+    if (ridge is not None) != solved:
+        where = f"at degree {degree}" + (" with a probe" if probe is not None else "")
+        raise ValueError(f"ridge: expected {'a tensor (heads)' if solved else 'None'} {where}, got {ridge}")
+    sequences = {} if past is None else past._asdict()
+    axes = {"k": "key", "v": "value", "log_decay": "", "weight": ""}
+    check_shapes(
+        q=(q, "batch time heads key"),
+        k=(k, "batch time heads key"),
+        v=(v, "batch time heads value"),
+        ridge=(ridge, "heads"),
+        log_decay=(log_decay, "batch time heads"),
+        weight=(weight, "batch time heads"),
+        probe=(probe, "batch time heads key"),
+        **{f"initial_state.{name}": (x, f"batch past heads {axes[name]}") for name, x in sequences.items()},
+    )
+    if past is not None:
+        for name, new in (("log_decay", log_decay), ("weight", weight)):
+            old = sequences[name]
+            if (old is None) != (new is None):
+                expected = "None" if new is None else "a tensor (batch, past, heads)"
+                got = "None" if old is None else "a tensor"
+                raise ValueError(f"initial_state.{name}: expected {expected}, as {name}, got {got}")
+    check_range("ridge", ridge, low=0.0, open_low=True)
+    check_range("log_decay", log_decay, high=0.0)
+    check_range("weight", weight, low=0.0)
+
+
+def _joined(past: PastPairs | None, new: PastPairs) -> PastPairs:
+    if past is None:
+        return new
+    return PastPairs(*(None if x is None else torch.cat([old, x], 1) for old, x in zip(past, new, strict=True)))
+
+
+def _kept(pairs: PastPairs, window: int | None) -> PastPairs:
+    if window is None:
+        return pairs
+    first = max(0, pairs.k.shape[1] - window + 1)
+    return PastPairs(*(None if x is None else x[:, first:] for x in pairs))
+
+
+def _biases(pairs: PastPairs, bandwidth: float, similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
+    """The float64 running sum of the decay, and what a key alone adds to its log-weight; (batch, heads, pairs)."""
+    elapsed = None if pairs.log_decay is None else pairs.log_decay.double().cumsum(-1)
+    biases = []
+    if similarity == "gaussian":
+        biases.append(-pairs.k.square().sum(-1) / (2 * bandwidth**2))
+    if pairs.weight is not None:
+        given = pairs.weight > 0
+        biases.append(torch.where(given, torch.where(given, pairs.weight, 1).log(), -torch.inf))
+    return elapsed, sum(biases[1:], biases[0]) if biases else None
+
+
+def _by_blocks(
+    compute: Callable[..., Tensor],
+    q: Tensor,
+    pairs: PastPairs,
+    bandwidth: float,
+    similarity: Similarity,
+    how: Settings,
+    size: int,
+) -> Tensor:
+    """`compute(queries, log_factors, keys, values)` for blocks of queries; done again where a gradient needs it."""
+    elapsed, key_bias = _biases(pairs, bandwidth, similarity)
+    past = pairs.k.shape[2] - q.shape[2]
+
+    def block(rows: slice, columns: slice, *tensors: Tensor | None) -> Tensor:
+        q, k, v, elapsed, key_bias = tensors
+        assert q is not None and k is not None and v is not None
+        factors = log_factors(rows, columns, how.window, elapsed, key_bias, q)
+        nothing = factors.isneginf().all(-1, keepdim=True)
+        y = compute(q[..., rows, :], factors.masked_fill(nothing, 0), k[..., columns, :], v[..., columns, :])
+        return y.masked_fill(nothing, 0)
+
+    tensors = q, pairs.k, pairs.v, elapsed, key_bias
+    outputs = [
+        checkpoint(block, rows, columns, *tensors, use_reentrant=False, preserve_rng_state=False)
+        for rows, columns in spans(past, q.shape[2], how.window, size)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def _constant(q: Tensor, pairs: PastPairs, bandwidth: float, similarity: Similarity, how: Settings) -> Tensor:
+    key, value = q.shape[-1], pairs.v.shape[-1]
+    scale = bandwidth**-2
+    time, seen = q.shape[2], pairs.k.shape[2]
+    everything = time == 1 and (how.window is None or seen <= how.window)
+    if pairs.log_decay is None and pairs.weight is None and (everything or (how.window is None and time == seen)):
+        k = pairs.k
+        if similarity == "gaussian":  # −‖k‖²/2 as one more channel
+            q, k = pad(q, (0, 1), value=1.0), torch.cat([k, -k.square().sum(-1, keepdim=True) / 2], dim=-1)
+            key += 1
+        # Its fast form takes keys and values of one size.
+        size = max(key, value)
+        q, k, v = (pad(x, (0, size - x.shape[-1])) for x in (q, k, pairs.v))
+        return scaled_dot_product_attention(q, k, v, is_causal=not everything, scale=scale)[..., :value]
+
+    def attend(q: Tensor, factors: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = max(key, value)
+        q, k, v = (pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
+        factors = factors.expand(*q.shape[:2], *factors.shape[-2:])
+        return scaled_dot_product_attention(q, k, v, attn_mask=factors, scale=scale)[..., :value]
+
+    return _by_blocks(attend, q, pairs, bandwidth, similarity, how, how.chunk_size)
+
+
+def _linear(
+    q: Tensor,
+    target: Tensor,
+    pairs: PastPairs,
+    bandwidth: float,
+    similarity: Similarity,
+    ridge: Tensor | None,
+    probe: Tensor | None,
+    how: Settings,
+) -> Tensor:
+    batch, heads = q.shape[:2]
+    tensors = q / bandwidth**2, pairs.k, pairs.v, target, probe, *_biases(pairs, bandwidth, similarity)
+    q, k, v, target, probe, elapsed, key_bias = (None if x is None else x.flatten(0, 1) for x in tensors)
+    if ridge is not None:
+        ridge = ridge.to(k.dtype).repeat(batch)[:, None, None]
+    y = LocalLinear.apply(q, k, v, None if ridge is None else target, ridge, probe, elapsed, key_bias, how)
+    return y.unflatten(0, (batch, heads))
+
+
+def _quadratic(
+    q: Tensor,
+    target: Tensor,
+    pairs: PastPairs,
+    bandwidth: float,
+    similarity: Similarity,
+    ridge: Tensor | None,
+    how: Settings,
+) -> Tensor:
+    batch, heads, time, key = q.shape
+    monomials = key + key * (key + 1) // 2
+    needed = 8 * batch * heads * min(how.chunk_size, time) * (1 + monomials) ** 2
+    if needed > QUADRATIC_BYTES:
+        raise ValueError(
+            f"degree: expected 0 or 1 for {key} channels, {batch} × {heads} heads and chunk_size {how.chunk_size}; "
+            f"degree 2 would need {needed / 2**30:.1f} GiB for the normal matrices of a block, more than "
+            f"{QUADRATIC_BYTES / 2**30:.0f} GiB, got 2"
+        )
+    assert ridge is not None
+    row, column = torch.triu_indices(key, key, device=q.device)
+    norm = torch.where(row == column, 1.0, 2**0.5).double()
+    penalty = torch.diag_embed(ridge.double()[:, None].expand(heads, monomials))[:, None]
+
+    def fit(q_and_target: Tensor, factors: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, target = q_and_target.split(key, dim=-1)
+        # Products of four channels cancel here: float64, whatever the input.
+        weights = (q @ k.mT / bandwidth**2 + factors).softmax(-1).unsqueeze(-1)
+        offset = k.unsqueeze(2) - target.unsqueeze(3)
+        features = torch.cat([offset, norm * offset[..., row] * offset[..., column]], dim=-1)
+        mean = (weights * features).sum(-2, keepdim=True)
+        features = features - mean
+        weighted = weights * features
+        factor = torch.linalg.cholesky(weighted.mT @ features + penalty)
+        slope = -torch.cholesky_solve(mean.mT, factor)
+        return ((weights + weighted @ slope).mT @ v.unsqueeze(2)).squeeze(-2)
+
+    size = max(1, min(how.chunk_size, QUADRATIC_FEATURES // (batch * heads * pairs.k.shape[2] * monomials)))
+    both = torch.cat([q, target], dim=-1).double()
+    double = PastPairs(*(None if x is None else x.double() for x in pairs))
+    return _by_blocks(fit, both, double, bandwidth, similarity, how, size).to(q.dtype)
