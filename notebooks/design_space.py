@@ -15,9 +15,10 @@
 #
 # Which memories have a name, which have none, and what is the difference between two of them?
 #
-# A memory is a choice on four axes: the *weights* of past pairs, the *regressor* that is fitted, the *optimizer*
-# that (nearly) solves the fit, and the *loss*. The table below is made from `ttr.atlas`. Type a word or choose on an
-# axis to narrow it. Every row runs and trains: copy its line of code, and give it the inputs it names.
+# A memory is a choice on five axes: the *weights* of past pairs, the *regressor* that is fitted, the *optimizer* that
+# (nearly) solves the fit, the *loss*, and the *retention* that holds an optimizer's steps near the old memory. The
+# table below is made from `ttr.atlas`. Type a word or choose on an axis to narrow it. Every row runs and trains: copy
+# its line of code, and give it the inputs it names.
 
 # %% tags=["parameters", "remove-cell"]
 scale = "smoke"
@@ -33,7 +34,7 @@ from IPython.display import HTML
 import ttr
 from ttr.book import record
 
-AXES = ("weights", "regressor", "optimizer", "loss")
+AXES = ("weights", "regressor", "optimizer", "loss", "retention")
 cells = list(ttr.atlas.cells())
 unnamed = [design for design in cells if design.name is None]
 
@@ -51,9 +52,7 @@ def code(design):
     publication = design.publication
     if publication and ttr.atlas[publication.slug] == design:
         return f'ttr.atlas["{publication.slug}"]'
-    default = ttr.Design()
-    changed = [f"{axis}={getattr(design, axis)}" for axis in AXES if getattr(design, axis) != getattr(default, axis)]
-    return f"Design({', '.join(changed)})"
+    return str(design)
 
 
 def breakable(choice):
@@ -68,9 +67,13 @@ def row(design):
         f'<div class="math notranslate nohighlight">\\[{escape(design.update_rule())}\\]</div>' if publication else ""
     )
     inputs = ", ".join(design.inputs) or "none"
+    cost = ", ".join(f"{name} {text}" for name, text in design.cost().as_text().items())
+    ends = "".join(f"<li>{escape(str(limit))}</li>" for limit in design.limits() if limit.becomes.name)
+    limits = f"<p>Limits:</p><ul>{ends}</ul>" if publication and ends else ""
+    cites = f"<p>Cite: <code>{publication.cite}</code>.</p>" if publication else ""
     data = "".join(f' data-{axis}="{escape(str(choice))}"' for axis, choice in zip(AXES, design.choices, strict=True))
     choices = "".join(f"<td>{breakable(choice)}</td>" for choice in design.choices)
-    detail = f"{rule}<p>Inputs: {inputs}.</p><p><code>{escape(code(design))}</code></p>"
+    detail = f"{rule}<p>Inputs: {inputs}.</p><p>Cost of a head: {cost}.</p>{limits}{cites}<p><code>{escape(code(design))}</code></p>"
     return (
         f'<tr data-published="{"yes" if publication else "no"}"{data}>'
         f'<th scope="row"><details><summary>{escape(name)}</summary>{detail}</details></th>{choices}</tr>'
@@ -101,7 +104,9 @@ HTML(
 # %% [markdown]
 # The table holds {glue:text}`space_cells` combinations that make sense. The atlas knows {glue:text}`space_published`
 # published names, for {glue:text}`space_named` of them; {glue:text}`space_unnamed` have no name in it, which does not
-# say that nobody has used them: softmax attention is among them, as long as the atlas holds recurrent memories only.
+# say that nobody has used them. Costs are of one head and leading terms only: T tokens, d channels of key and value,
+# f features of a key, C a chunk, n the steps of a solver, w a window.
+#
 # A combination that makes no sense is refused, with the two choices that clash:
 
 # %%
@@ -116,6 +121,19 @@ except ValueError as error:
 # Weights say how much each past pair counts. They multiply: `Kernel() * Decay()` counts pairs that are near the query
 # *and* recent. A design whose optimizer keeps one memory for all queries cannot use weights that change with the query.
 #
+# Which known memory is near a design, and what does it become at its ends? `ttr.identify` says:
+
+# %%
+print(ttr.identify(ttr.Design(ttr.Decay(), optimizer=ttr.GradientDescent(), loss=ttr.Huber())))
+
+# %% [markdown]
+# One layer of the literature stays outside, and the atlas says why:
+
+# %% tags=["hide-input"]
+for baseline in ttr.atlas.baselines.values():
+    print(textwrap.fill(f"{baseline.publication.name}: {baseline.why}.", 80))
+
+# %% [markdown]
 # A cell without a name is not a promise. It is a memory that runs on its definition (`ttr.oracle`, with a
 # `ttr.SlowPathWarning`) or on a fast op, and that trains like any other:
 

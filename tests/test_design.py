@@ -84,6 +84,7 @@ CLASHING = [
     ({"weights": Window(3), "optimizer": GradientDescent()}, "weights=Window(size=3) clashes with optimizer"),
     ({"weights": ComplexDecay(), "optimizer": Exact()}, "weights=ComplexDecay() clashes with optimizer=Exact()"),
     ({"weights": ComplexDecay(), "optimizer": SMOOTHED}, "weights=ComplexDecay() clashes with optimizer=Hebbian"),
+    ({"weights": ComplexDecay(), "regressor": Linear(Taylor())}, "weights=ComplexDecay() clashes with regressor"),
     ({"weights": InputGate(exponential=True)}, "weights of any size overflow unless their sum is divided by"),
     (
         {"weights": Decay(per="channel") * Kernel(), "regressor": LocalPolynomial(1), "optimizer": Exact()},

@@ -38,6 +38,15 @@ UNNAMED_FAST = [
     Design(ttr.ContinuousDecay(), optimizer=Exact()),
     Design(ttr.ContinuousDecay(), optimizer=GradientDescent(ttr.DiagonalNewton(), steps=2)),
     Design(ttr.ContinuousDecay(), optimizer=GradientDescent(ttr.Implicit())),
+    Design(ttr.ComplexDecay() * ttr.InputGate(), optimizer=Hebbian()),
+    Design(ttr.ContinuousDecay() * ttr.InputGate(exponential=True), optimizer=Hebbian(normalize=True, floor=0.5)),
+    Design(Decay(per="channel"), optimizer=Exact()),
+    Design(Decay(per="channel") * ttr.InputGate(), optimizer=Exact(ridge_decays=False)),
+    Design(Decay(), Linear(ttr.EluPlusOne()), Exact(ridge_decays=False)),
+    Design(Kernel(bandwidth=0.7) * Decay(), LocalPolynomial(1), Exact()),
+    Design(Kernel() * ttr.ContinuousDecay(), LocalPolynomial(0), Exact()),
+    Design(Kernel(Gaussian()) * Window(5), LocalPolynomial(2), Exact()),
+    Design(Kernel(Gaussian(), 0.5) * Window(4) * ttr.InputGate(), LocalPolynomial(1), ttr.Probe()),
 ]
 UNNAMED_SLOW = [
     Design(Decay(), optimizer=GradientDescent(), loss=Huber(0.5)),
@@ -45,11 +54,8 @@ UNNAMED_SLOW = [
     Design(optimizer=GradientDescent(), loss=ttr.Lp(1.5)),
     Design(Window(4), optimizer=Exact()),
     Design(Window(4)),
-    Design(Decay(), optimizer=Exact(ridge_decays=False)),
-    Design(Kernel(), LocalPolynomial(0), Exact()),
-    Design(Kernel(bandwidth=0.7) * Decay(), LocalPolynomial(1), Exact()),
-    Design(Kernel(Gaussian()) * Window(5), LocalPolynomial(2), Exact()),
     Design(Kernel() * Decay(), optimizer=Exact()),
+    Design(Kernel(Gaussian()), Linear(Quadratic()), Exact(ridge_decays=False)),
 ]
 
 

@@ -34,6 +34,7 @@ from ttr._choices import (
     Uniform,
     Window,
 )
+from ttr._cost import Cost
 from ttr._design import AXES, PUBLISHED, Design, Publication
 from ttr._limits import Limit
 
@@ -199,6 +200,21 @@ class Table:
         return f"<table>{caption}<thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+SIZES = (
+    "Costs are of one head, leading terms: T tokens, d channels of key and value, f features of a key, C a chunk, "
+    "n solver steps, w a window."
+)
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    design = row.design
+    weights, regressor, optimizer, *others = design.choices
+    unusual = [str(own) for own, usual in zip(others, Design().choices[3:], strict=True) if own != usual]
+    name = f"{row.publication.name} ({row.publication.year})"
+    how = ", ".join([str(optimizer), *unusual])
+    return name, str(weights), str(regressor), how, ", ".join(design.inputs), *design.cost().as_text().values()
+
+
 class UnknownDesign(KeyError, ValueError):
     """A slug that the atlas does not have."""
 
@@ -254,17 +270,14 @@ class Atlas(Mapping[str, Design]):
 
     def table(self) -> Table:
         """The published points, and how many cells around them the atlas has no name for."""
-        rows = []
-        for slug, row in self._rows.items():
-            _, name, year, _ = row.publication
-            rows.append((slug, f"{name} ({year})", *map(str, row.design.choices), ", ".join(row.design.inputs)))
+        rows = [(slug, *_line(row)) for slug, row in self._rows.items()]
         cells = list(self.cells())
         unnamed = sum(cell.name is None for cell in cells)
         outside = ", ".join(f"{b.publication.name} ({b.why})" for b in BASELINES)
-        caption = (
-            f"{len(self)} published points; {unnamed} of {len(cells)} cells have no name here. Outside: {outside}."
-        )
-        return Table(("slug", "name", *AXES, "inputs"), rows, caption)
+        named = f"{len(self)} published points; {unnamed} of {len(cells)} cells have no name here."
+        caption = f"{named} {SIZES} Outside the framework: {outside}."
+        header = ("slug", "name", "weights", "regressor", "optimizer, loss, retention", "inputs", *Cost._fields)
+        return Table(header, rows, caption)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ttr._choices import (
     Weights,
     Window,
 )
+from ttr._cost import Cost, cost
 from ttr._limits import Limit, limits
 from ttr._references import bibtex
 from ttr._update_rule import update_rule
@@ -129,6 +130,10 @@ class Design:
     def update_rule(self) -> str:
         """How the memory is written and read at step t, in LaTeX (an `aligned` block)."""
         return r"\begin{aligned}" + r" \\ ".join(update_rule(*self.choices)) + r"\end{aligned}"
+
+    def cost(self) -> Cost:
+        """Operations, state and working space of one head, as formulas in its sizes."""
+        return cost(self)
 
     def limits(self) -> list[Limit]:
         """What this memory becomes where one of its numbers goes to an end, or its keys are special."""
@@ -247,6 +252,11 @@ CLASHES = (
         lambda d: _normalizes(d) and not d.optimizer.floor and not d.feature_map.positive,  # type: ignore[attr-defined]
         "normalising divides by sums of φ(q)ᵀφ(k), which this feature map does not keep positive; use EluPlusOne() or "
         "a floor",
+    ),
+    Clash(
+        ("weights", "regressor"),
+        lambda d: _weighs_by(d, ComplexDecay) and d.regressor != Linear(),
+        "it turns pairs of the key's own channels; use Linear()",
     ),
     Clash(
         ("weights", "optimizer"),

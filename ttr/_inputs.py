@@ -15,6 +15,7 @@ from ttr._choices import (
     Exact,
     GradientDescent,
     Hebbian,
+    Identity,
     InputGate,
     Kernel,
     Uniform,
@@ -62,26 +63,28 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor is None:
             raise ValueError(f"{name}: expected a tensor, got None")
-    missing = [name for name in design.inputs if inputs.get(name) is None]
-    unknown = [name for name in inputs if name not in design.inputs]
+    takes, feature_map = design.inputs, design.feature_map
+    missing = [name for name in takes if inputs.get(name) is None]
+    unknown = [name for name in inputs if name not in takes]
     for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:
-            takes = ", ".join(f"{name} ({axes})" for name, axes in design.inputs.items()) or "no inputs"
-            raise ValueError(f"{', '.join(names)}: {problem} input for {design}, which takes {takes}")
+            known = ", ".join(f"{name} ({axes})" for name, axes in takes.items()) or "no inputs"
+            raise ValueError(f"{', '.join(names)}: {problem} input for {design}, which takes {known}")
 
-    several = isinstance(design.optimizer, GradientDescent) and design.optimizer.steps > 1
-    pairs = "batch time steps heads" if several else "batch time heads"
-    axes = {"q": "batch time heads key", "k": f"{pairs} key", "v": f"{pairs} value"}
-    tensors = {"q": q, "k": k, "v": v}
-    sizes = check_shapes(**{name: (tensors[name], axes[name]) for name in tensors})
-    if several and sizes["steps"] != design.optimizer.steps:  # type: ignore[attr-defined]
-        raise ValueError(f"k: expected {design.optimizer.steps} steps a token, got {sizes['steps']}")  # type: ignore[attr-defined]
-    tensors |= {"q": design.feature_map(q), "k": design.feature_map(k)} | dict(inputs)
-    axes |= design.inputs
-    if "frequency" in inputs and inputs["frequency"].shape[-1:] != (tensors["k"].shape[-1] / 2,):
-        got = f"{tuple(inputs['frequency'].shape)} for keys of {tensors['k'].shape[-1]} channels"
-        raise ValueError(f"frequency: expected one for each pair of channels, got {got}")
-    check_shapes(**{name: (tensors[name], axes[name]) for name in tensors})
+    steps = design.optimizer.steps if isinstance(design.optimizer, GradientDescent) else 1
+    pairs = "batch time heads" if steps == 1 else "batch time steps heads"
+    axes = {"q": "batch time heads key", "k": f"{pairs} key", "v": f"{pairs} value"} | takes
+    tensors = {"q": q, "k": k, "v": v} | dict(inputs)
+    if feature_map != Identity():
+        check_shapes(**{name: (tensors[name], axes[name]) for name in "qkv"})
+        tensors |= {"q": feature_map(q), "k": feature_map(k)}
+    sizes = check_shapes(**{name: (x, axes[name]) for name, x in tensors.items()})
+    if sizes.get("steps", 1) != steps:
+        raise ValueError(f"k: expected {steps} steps a token, got {sizes['steps']}")
+    if sizes.get("pair", sizes["key"] / 2) != sizes["key"] / 2:
+        raise ValueError(
+            f"frequency: expected one for each pair of channels, got {sizes['pair']} for keys of {sizes['key']}"
+        )
     for name, tensor in inputs.items():
         check_range(name, tensor, **RANGES[name])
     return Prepared(tensors["q"], tensors["k"], v, dict(inputs), q, k)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +58,16 @@ class Call:
     v: Tensor
     inputs: dict[str, Tensor]
 
-    def but(self, design: Design | None = None, drop: str = "", **changed: Tensor) -> Call:
-        """The same call with another design, without some inputs, with other tensors."""
-        qkv = {name: changed.pop(name, getattr(self, name)) for name in "qkv"}
-        kept = {name: x for name, x in self.inputs.items() if name not in drop.split()}
-        return Call(self.design if design is None else design, **qkv, inputs=kept | changed)
+    def of(self, design: Design, without: str = "") -> Call:
+        """The same call of another design, without some inputs."""
+        return replace(
+            self, design=design, inputs={name: x for name, x in self.inputs.items() if name not in without.split()}
+        )
+
+    def having(self, **tensors: Tensor) -> Call:
+        """The same call with some tensors replaced."""
+        qkv: dict[str, Any] = {name: tensors.pop(name) for name in "qkv" if name in tensors}
+        return replace(self, **qkv, inputs=self.inputs | tensors)
 
 
 class Near(NamedTuple):
@@ -155,6 +160,10 @@ def _descends(design: Design, gain: type, **values: object) -> bool:
     )
 
 
+def _with_optimizer(design: Design, **changed: Any) -> Design:
+    return replace(design, optimizer=replace(design.optimizer, **changed))  # type: ignore[type-var]
+
+
 def _exact(design: Design) -> bool:
     return isinstance(design.optimizer, Exact)
 
@@ -181,8 +190,8 @@ def _set(design: Callable[[Design], Design] | None = None, drop: str = "", **val
 
     def near(call: Call, becomes: Design) -> Near:
         filled = {name: torch.full_like(call.inputs[name], value) for name, value in values.items()}
-        close = call.but(call.design if design is None else design(call.design), **filled)
-        return Near(close, close.but(becomes, drop))
+        close = call.of(call.design if design is None else design(call.design)).having(**filled)
+        return Near(close, close.of(becomes, without=drop))
 
     return near
 
@@ -191,15 +200,15 @@ def _scaled_by(name: str, value: float, factor: float) -> Callable[..., Near]:
     """An input set to a number, its name unknown in the limit, where the answers are taken times a factor."""
 
     def near(call: Call, becomes: Design) -> Near:
-        close = call.but(**{name: torch.full_like(call.inputs[name], value)})
-        return Near(close, call.but(becomes, name), factor)
+        close = call.having(**{name: torch.full_like(call.inputs[name], value)})
+        return Near(close, call.of(becomes, without=name), factor)
 
     return near
 
 
 def _unit(call: Call, becomes: Design) -> Near:
-    close = call.but(q=normalize(call.q, dim=-1), k=normalize(call.k, dim=-1))
-    return Near(close, close.but(becomes))
+    close = call.having(q=normalize(call.q, dim=-1), k=normalize(call.k, dim=-1))
+    return Near(close, close.of(becomes))
 
 
 def _orthonormal(call: Call, becomes: Design) -> Near:
@@ -213,48 +222,49 @@ def _orthonormal(call: Call, becomes: Design) -> Near:
 
 def _one_hot(call: Call, becomes: Design) -> Near:
     k = one_hot(call.k.abs().argmax(-1), call.k.shape[-1]).to(call.k)
-    close = call.but(k=k, step_size=torch.ones_like(call.inputs["step_size"]))
-    return Near(close, close.but(becomes, "step_size"))
+    close = call.having(k=k, step_size=torch.ones_like(call.inputs["step_size"]))
+    return Near(close, close.of(becomes, without="step_size"))
 
 
 def _same_in_all_channels(call: Call, becomes: Design) -> Near:
     first = call.inputs["log_decay"][..., :1]
-    close = call.but(log_decay=first.expand_as(call.inputs["log_decay"]))
-    return Near(close, close.but(becomes, log_decay=first.squeeze(-1)))
+    close = call.having(log_decay=first.expand_as(call.inputs["log_decay"]))
+    return Near(close, close.of(becomes).having(log_decay=first.squeeze(-1)))
 
 
 def _same_at_all_tokens(call: Call, becomes: Design) -> Near:
     log_decay = call.inputs["log_decay"].mean((0, 1))
-    close = call.but(log_decay=log_decay.expand_as(call.inputs["log_decay"]))
-    return Near(close, close.but(becomes, log_decay=log_decay))
+    close = call.having(log_decay=log_decay.expand_as(call.inputs["log_decay"]))
+    return Near(close, close.of(becomes).having(log_decay=log_decay))
 
 
 def _without_turning(call: Call, becomes: Design) -> Near:
-    close = call.but(frequency=torch.zeros_like(call.inputs["frequency"]))
+    close = call.having(frequency=torch.zeros_like(call.inputs["frequency"]))
     twice = call.inputs["log_decay"].repeat_interleave(2, dim=-1)
-    return Near(close, close.but(becomes, "frequency", log_decay=twice))
+    return Near(close, close.of(becomes, without="frequency").having(log_decay=twice))
 
 
 def _one_step_used(call: Call, becomes: Design) -> Near:
     step_size = torch.cat([call.inputs["step_size"][:, :, :1], 0 * call.inputs["step_size"][:, :, 1:]], dim=2)
     first = {"k": call.k[:, :, 0], "v": call.v[:, :, 0], "step_size": step_size[:, :, 0]}
-    return Near(call.but(step_size=step_size), call.but(becomes, **first))
+    return Near(call.having(step_size=step_size), call.of(becomes).having(**first))
 
 
 def _large_steps(call: Call, becomes: Design) -> Near:
     size = call.inputs["step_size"]
-    return Near(call.but(step_size=torch.full_like(size, FAR)), call.but(becomes, step_size=torch.ones_like(size)))
+    stored = call.of(becomes).having(step_size=torch.ones_like(size))
+    return Near(call.having(step_size=torch.full_like(size, FAR)), stored)
 
 
 def _small_keys(call: Call, becomes: Design) -> Near:
-    close = call.but(q=call.q / 20, k=call.k / 20)
-    return Near(close, close.but(becomes))
+    close = call.having(q=call.q / 20, k=call.k / 20)
+    return Near(close, close.of(becomes))
 
 
 def _many_features(call: Call, becomes: Design) -> Near:
     many = replace(call.design, regressor=Linear(PositiveRandom(2**15)))
-    close = call.but(many, q=call.q / 2, k=call.k / 2)
-    return Near(close, close.but(becomes))
+    close = call.of(many).having(q=call.q / 2, k=call.k / 2)
+    return Near(close, close.of(becomes))
 
 
 def _bandwidth(design: Design) -> Design:
@@ -410,7 +420,7 @@ ROWS = (
     _Row(
         "momentum goes to zero",
         lambda d: (
-            replace(d, optimizer=replace(d.optimizer, momentum=False))
+            _with_optimizer(d, momentum=False)
             if isinstance(d.optimizer, GradientDescent) and d.optimizer.momentum
             else None
         ),
@@ -419,29 +429,19 @@ ROWS = (
     _Row(
         "all steps of a token but the first are zero",
         lambda d: (
-            replace(d, optimizer=replace(d.optimizer, steps=1))
-            if isinstance(d.optimizer, GradientDescent) and d.optimizer.steps > 1
-            else None
+            _with_optimizer(d, steps=1) if isinstance(d.optimizer, GradientDescent) and d.optimizer.steps > 1 else None
         ),
         _one_step_used,
     ),
     _Row(
         "keys have unit length",
-        lambda d: (
-            replace(d, optimizer=replace(d.optimizer, gain=LMS()))
-            if _sees_keys(d) and _descends(d, NLMS, steps=1)
-            else None
-        ),
+        lambda d: _with_optimizer(d, gain=LMS()) if _sees_keys(d) and _descends(d, NLMS, steps=1) else None,
         _unit,
         within=1e-5,
     ),
     _Row(
         "implicit steps grow without bound: each stores its pair",
-        lambda d: (
-            replace(d, optimizer=replace(d.optimizer, gain=NLMS()))
-            if _descends(d, Implicit, steps=1) and not d.weights.new
-            else None
-        ),
+        lambda d: _with_optimizer(d, gain=NLMS()) if _descends(d, Implicit, steps=1) and not d.weights.new else None,
         _large_steps,
         within=1e-5,
     ),

@@ -127,8 +127,8 @@ def _answer(weights: Named, x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Te
 
 
 def _newton_schulz(x: Tensor, iterations: int) -> Tensor:
-    """Jordan et al. (2024): of each matrix over its norm, the quintic aσ + bσ³ + cσ⁵ of its singular values, iterated."""
-    x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    """Jordan et al. (2024): a quintic of the singular values of x over its norm, iterated; it takes them near one."""
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         cube = x @ x.mT @ x
         x = 3.4445 * x - 4.7750 * cube + 2.0315 * x @ x.mT @ cube

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -39,10 +39,12 @@ from ttr._inputs import Prepared, check_state, forgetting, history_axes, pair_ax
 from ttr._state import State
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size
+from ttr.ops._log_scale import divide_out_largest
+from ttr.ops._rotation import rotate
 
 Lowering = Callable[..., tuple[Tensor, State]]
 
-SIMILARITIES = {Exponential: "exponential", Gaussian: "gaussian"}
+SIMILARITIES: dict[type, Literal["exponential", "gaussian"]] = {Exponential: "exponential", Gaussian: "gaussian"}
 
 
 class SlowPathWarning(UserWarning):
@@ -56,7 +58,7 @@ def regress(
     v: Float[Tensor, "batch time *pairs value"],
     *,
     state: State | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     backend: Backend = "auto",
     **inputs: Tensor,
 ) -> tuple[Float[Tensor, "batch time heads value"], State]:
@@ -72,7 +74,7 @@ def regress(
         k: keys, (batch, time, heads, key); with `GradientDescent(steps=n)` (batch, time, n, heads, key).
         v: values, laid out as the keys.
         state: where an earlier call ended; None begins afresh. A sequence and its pieces give the same numbers.
-        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result. None is the op's own.
         backend: "auto", "torch" or "triton", as in `ttr.ops`.
         inputs: the tensors that `design.inputs` names, with the axes it gives.
 
@@ -89,15 +91,17 @@ def regress(
     """
     tensors = prepare(design, q, k, v, inputs)
     lowering = _lowering(design)
-    if lowering is None:
+    if chunk_size is not None:
         check_chunk_size(chunk_size)
+    if lowering is None:
         uses_triton(backend, q, missing=f"{design}")
         if not torch.compiler.is_compiling():
             _warn_slow(str(design))
         return oracle.solve(design, tensors, state)
     axes = history_axes(design) if lowering is _local_fit else streaming_axes(design)
     state = check_state(design, state, axes, tensors)
-    return lowering(design, tensors, state, chunk_size=chunk_size, backend=backend)
+    how = {"backend": backend} if chunk_size is None else {"backend": backend, "chunk_size": chunk_size}
+    return lowering(design, tensors, state, **how)
 
 
 @cache
@@ -133,7 +137,7 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
     log_decay, importance = forgetting(design.weights, inputs, k)
     log_scale = None
     if "log_input_gate" in inputs:
-        log_decay, gate, log_scale = ops.divide_out_largest(
+        log_decay, gate, log_scale = divide_out_largest(
             torch.zeros_like(k[..., 0]) if log_decay is None else log_decay, inputs["log_input_gate"], state.log_scale
         )
         importance = gate if importance is None else gate * importance
@@ -144,10 +148,10 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
     if "frequency" in inputs:
         # In a frame that turns with the memory, only the decay is left of it.
         turns = torch.arange(k.shape[1] + 1, device=k.device).double()[:, None, None] * inputs["frequency"]
-        q, k = ops.rotate(q, -turns[1:]), ops.rotate(k, -turns[1:])
+        q, k = rotate(q, -turns[1:]), rotate(k, -turns[1:])
     y, memory = ops.linear_attention(q, k, v, log_decay, initial_state=state.memory, **how)
     if "frequency" in inputs:
-        memory = ops.rotate(memory.mT, turns[-1].unsqueeze(-2)).mT
+        memory = rotate(memory.mT, turns[-1].unsqueeze(-2)).mT
     if optimizer.normalize:
         y = oracle.normalized(y, optimizer.floor, log_scale)
     if log_scale is not None:
@@ -205,7 +209,7 @@ def _least_squares(design: Design, tensors: Prepared, state: State, **how: Any) 
     q, k, v, inputs, *_ = tensors
     optimizer: Exact = design.optimizer  # type: ignore[assignment]
     log_decay, importance = forgetting(design.weights, inputs, k)
-    initial = None if state.curvature is None else (state.curvature, state.cross)
+    initial = None if state.curvature is None or state.cross is None else (state.curvature, state.cross)
     y, (curvature, cross) = ops.least_squares(
         q,
         k,
@@ -222,25 +226,26 @@ def _least_squares(design: Design, tensors: Prepared, state: State, **how: Any) 
 
 def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
     q, k, v, inputs, *_ = tensors
-    factors = {type(factor): factor for factor in design.weights.factors}
-    kernel, window = factors[Kernel], factors.get(Window)
+    kernel = next(factor for factor in design.weights.factors if isinstance(factor, Kernel))
+    window = next((factor.size for factor in design.weights.factors if isinstance(factor, Window)), None)
+    regressor: LocalPolynomial = design.regressor  # type: ignore[assignment]
     by_name = {"k": k, "v": v} | inputs
     new = {name: by_name[name] for name in pair_axes(design)}
     log_decay, importance = forgetting(design.weights, inputs, k)
     past = None
     if state.history:
         past_decay, past_importance = forgetting(design.weights, inputs | state.history, state.history["k"])
-        past = ops.Past(state.history["k"], state.history["v"], past_decay, past_importance)
+        past = ops.PastPairs(state.history["k"], state.history["v"], past_decay, past_importance)
     y, _ = ops.local_polynomial(
         q,
         k,
         v,
-        degree=design.regressor.degree,
+        degree=regressor.degree,
         bandwidth=kernel.bandwidth,
         ridge=inputs.get("ridge"),
         log_decay=log_decay,
         weight=importance,
-        window=None if window is None else window.size,
+        window=window,
         similarity=SIMILARITIES[type(kernel.similarity)],
         probe=inputs.get("probe"),
         initial_state=past,
@@ -248,5 +253,5 @@ def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> t
     )
     history = {name: torch.cat([state.history[name], x], dim=1) for name, x in new.items()} if state.history else new
     if window is not None:
-        history = {name: x[:, max(0, x.shape[1] - window.size + 1) :] for name, x in history.items()}
+        history = {name: x[:, max(0, x.shape[1] - window + 1) :] for name, x in history.items()}
     return y, State(history=history)

@@ -6,6 +6,7 @@ A rule is a list of lines `left &= right`; each optimizer has its own, filled in
 from __future__ import annotations
 
 from ttr._choices import (
+    L2,
     Exact,
     GradientDescent,
     Hebbian,
@@ -13,7 +14,11 @@ from ttr._choices import (
     Linear,
     LocalPolynomial,
     Loss,
+    Mixture,
+    Muon,
+    Network,
     Optimizer,
+    Probe,
     Regressor,
     Retention,
     Weights,
@@ -25,17 +30,19 @@ def update_rule(
 ) -> list[str]:
     """The lines of the memory that these choices make."""
     if isinstance(regressor, LocalPolynomial):
-        return _local(weights, regressor.degree)
-    assert isinstance(regressor, Linear)
+        return _local(weights, regressor.degree, optimizer)
+    if isinstance(regressor, Mixture):
+        return _mixture(weights)
     identity = isinstance(regressor.feature_map, Identity)
     phi = "%s" if identity else r"\phi(%s)"
     if isinstance(optimizer, Hebbian):
         lines = _hebbian(weights, optimizer, phi)
     elif isinstance(optimizer, Exact):
         lines = _exact(weights, optimizer, phi)
-    else:
-        assert isinstance(optimizer, GradientDescent)
+    elif isinstance(optimizer, GradientDescent) and isinstance(regressor, Linear) and optimizer.batch == 1:
         lines = _gradient_descent(weights, optimizer, loss, phi)
+    else:
+        lines = _network(weights, regressor, optimizer, loss, retention)
     return lines if identity else [*lines, rf"\phi(x) &= {regressor.feature_map.formula}"]
 
 
@@ -51,7 +58,10 @@ def _hebbian(weights: Weights, optimizer: Hebbian, phi: str) -> list[str]:
         lines.append(rf"\gamma_i^{{(t)}} &= {weights.formula}")
     if not optimizer.normalize:
         return [*lines, rf"y_t &= S_t^\top {query}"]
-    return [*lines, f"z_t &= {total}", rf"y_t &= S_t^\top {query} \big/ z_t^\top {query}"]
+    divisor = rf"z_t^\top {query}"
+    if optimizer.floor:
+        divisor = rf"\max\bigl(|{divisor}|,\, {optimizer.floor:g}\bigr)"
+    return [*lines, f"z_t &= {total}", rf"y_t &= S_t^\top {query} \big/ {divisor}"]
 
 
 def _exact(weights: Weights, optimizer: Exact, phi: str) -> list[str]:
@@ -87,8 +97,74 @@ def _gradient_descent(weights: Weights, optimizer: GradientDescent, loss: Loss, 
     return [*lines, f"{gain} &= {formula}", rf"y_t &= S_t^\top {phi % 'q_t'}"]
 
 
-def _local(weights: Weights, degree: int) -> list[str]:
+def _network(
+    weights: Weights, regressor: Regressor, optimizer: Optimizer, loss: Loss, retention: Retention
+) -> list[str]:
+    """Steps along the gradient of what is not linear in its weights, or not in those of the step before."""
+    matrix = "W" if isinstance(regressor, Network) else "S"
+    mirrored = not isinstance(retention, L2)
+    stepped = "A" if mirrored else matrix
+    batch, average = getattr(optimizer, "batch", 1), getattr(optimizer, "average", False)
+    if batch == 1:
+        left = rf"{weights.old}{stepped}_{{t-1}}"
+    elif weights.old:
+        left = rf"{weights.old}\bar {stepped}_{{t-1}}, \quad \bar {stepped}_b = {stepped}_b"
+    else:
+        left = rf"{stepped}_b"
+    lines = [rf"\bar {stepped}_t &= {left}"]
+    if batch > 1:
+        lines.append(rf"b &= {batch} \lfloor (t-1)/{batch} \rfloor")
+    if mirrored:
+        lines.append(rf"\bar {matrix}_t &= \nabla\Phi(\bar A_t)")
+
+    def gradient(i: str) -> str:
+        return rf"\nabla\ell\bigl(v_{i} - m(k_{i}; \bar {matrix}_t)\bigr)"
+
+    momentum = isinstance(optimizer, Muon) or (isinstance(optimizer, GradientDescent) and optimizer.momentum)
+    if isinstance(optimizer, Muon):
+        weight = weights.new.replace("_t", "_i")
+        window = rf"\textstyle\sum_{{i > t - {optimizer.window}}} {weight}{gradient('i')}"
+        lines.append(rf"Z_t &= \eta_t Z_{{t-1}} - {window}")
+        step = r"+ \beta_t \operatorname{NS}(Z_t)"
+    elif momentum:
+        lines.append(rf"Z_t &= \eta_t Z_{{t-1}} - {weights.new}\beta_t {gradient('t')}")
+        step = "+ Z_t"
+    else:
+        step = rf"- {weights.new}\beta_t {gradient('t')}"
+    if batch == 1:
+        lines.append(rf"{stepped}_t &= \bar {stepped}_t {step}")
+    elif average:
+        written = rf"\Sigma_t &= {weights.old}\Sigma_{{t-1}} {step}, \quad \Sigma_b = 0"
+        lines += [written, rf"{stepped}_t &= \bar {stepped}_t + \Sigma_t / (t - b)"]
+    else:
+        lines.append(rf"{stepped}_t &= {weights.old}{stepped}_{{t-1}} {step}")
+    if mirrored:
+        lines += [rf"{matrix}_t &= \nabla\Phi(A_t)", rf"\nabla\Phi(A) &= {retention.formula}"]
+    formula = regressor.formula
+    if isinstance(regressor.feature_map, Identity):
+        formula = formula.replace(r"\phi(k)", "k")
+    return [
+        *lines,
+        rf"m(k; {matrix}) &= {formula}",
+        rf"\ell(e) &= {loss.formula}",
+        rf"y_t &= m(q_t; {matrix}_t)",
+    ]
+
+
+def _mixture(weights: Weights) -> list[str]:
+    old = rf"{weights.old}w_{{t-1, jd}}"
+    return [
+        rf"\delta_{{jd}} &= v_{{td}} - \bar w_{{jd}}^\top k_t, \quad \bar w_{{jd}} = {old}",
+        r"r_{jd} &\propto \pi_{jd}(k_t)\, e^{-\delta_{jd}^2 / 2}, \quad \textstyle\sum_j r_{jd} = 1",
+        rf"w_{{t, jd}} &= \bar w_{{jd}} + {weights.new}\beta_t\, r_{{jd}}\, \delta_{{jd}}\, k_t",
+        r"y_{td} &= \textstyle\sum_j \pi_{jd}(q_t)\, w_{t, jd}^\top q_t",
+    ]
+
+
+def _local(weights: Weights, degree: int, optimizer: Optimizer) -> list[str]:
     lines = [rf"w_i &\propto {weights.formula}"]
+    if isinstance(optimizer, Probe):
+        return [r"y_t &= \mathbb E_w v + \operatorname{Cov}_w(v, k)\, r_t", *lines]
     if degree == 0:
         return [r"y_t &= \sum_{i\le t} w_i v_i", *lines]
     if degree == 1:

@@ -148,27 +148,29 @@ def _log_carried(weights: Weights, log_decay: Tensor, inputs: Mapping[str, Tenso
 def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, state: State) -> tuple[Tensor, State]:
     """S_t = γ_0 S_0 + Σ γ_i k_i v_iᵀ, summed afresh at every t; `normalize` carries Σ γ_i k_i as one more value.
 
-    Where weights come as logarithms of any size, the largest so far, e^m, is divided out of S.
+    Where gates come as logarithms of any size, S is kept divided by e^m, the largest weight that they gave so far.
     """
     q, k, v, inputs, *_ = tensors
     if optimizer.normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
-    initial, memory, log_scale, outputs = state.memory, state.memory, state.log_scale, []
+    initial, memory, outputs = state.memory, state.memory, []
+    log_scale = first_scale = (
+        k.new_full((k.shape[0], k.shape[-2]), -torch.inf) if state.log_scale is None else state.log_scale
+    )
     for t, log_weight in _log_weights(design.weights, tensors):
         log_carried = _log_carried(design.weights, log_decay[:, : t + 1], inputs)
         if "log_input_gate" in inputs:
-            carried = log_carried.squeeze(-1) + (-torch.inf if state.log_scale is None else state.log_scale)
-            log_scale = torch.maximum(log_weight.squeeze(-1).amax(1), carried).detach()
+            log_scale = torch.maximum(log_decay[:, t, :, 0] + log_scale, inputs["log_input_gate"][:, t]).detach()
             log_weight = log_weight - log_scale[:, None, :, None]
-            log_carried = (carried - log_scale).unsqueeze(-1)
+            log_carried = log_carried + (first_scale - log_scale).unsqueeze(-1)
         memory = torch.einsum("bihk,bihv->bhkv", _weighted(log_weight, k[:, : t + 1]), v[:, : t + 1])
         if initial is not None:
             memory = memory + _weighted(log_carried.unsqueeze(-2), initial.mT).mT
         y = _read(memory, q[:, t - first])
         outputs.append(normalized(y, optimizer.floor, log_scale) if optimizer.normalize else y)
-    return _stack(outputs, tensors.v), State(memory=memory, log_scale=log_scale)
+    return _stack(outputs, tensors.v), State(memory, log_scale=log_scale if "log_input_gate" in inputs else None)
 
 
 def _weighted(log_weight: Tensor, x: Tensor) -> Tensor:

@@ -12,21 +12,25 @@ import ttr
 from ttr import Decay, Design, Exact, Gaussian, GradientDescent, Huber, Kernel, LocalPolynomial
 from ttr.layers import RegressionLayer, ShortConvolution
 
-DESIGNS = [
-    *(ttr.atlas[slug] for slug in ttr.atlas),
+# Nobody has named these; each is a neighbour of what somebody has.
+UNNAMED = [
     Design(Decay(per="channel", fixed=True), optimizer=GradientDescent(ttr.NLMS())),
-    Design(Decay(), optimizer=GradientDescent(ttr.DiagonalNewton(), momentum=True)),
-    Design(Decay(), optimizer=GradientDescent(), loss=Huber()),
+    Design(ttr.Window(4), optimizer=Exact()),
     Design(Kernel(Gaussian()) * Decay(), LocalPolynomial(1), Exact()),
+    Design(Decay(), optimizer=GradientDescent(), loss=Huber()),
+    Design(Decay(per="channel"), optimizer=Exact()),
+    Design(Decay(), optimizer=GradientDescent(ttr.DiagonalNewton(), momentum=True)),
+    Design(regressor=ttr.Linear(ttr.Quadratic()), optimizer=GradientDescent()),
+    Design(Kernel(Gaussian()), LocalPolynomial(2), Exact()),
 ]
 
 
-@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@pytest.mark.parametrize("design", [*ttr.atlas, *UNNAMED], ids=str)
 @pytest.mark.filterwarnings("ignore::ttr.SlowPathWarning")
-def test_every_design_is_a_layer_that_trains_and_decodes(design: Design) -> None:
+def test_every_design_is_a_layer_that_trains_and_decodes(design: Design | str) -> None:
     torch.manual_seed(0)
-    layer = RegressionLayer(design, 24, 2, key_dim=5, value_dim=4, gate=True)
-    assert set(layer.inputs) == set(design.inputs)
+    layer = RegressionLayer(design, 24, 2, key_dim=6, value_dim=4, gate=True)
+    assert set(layer.inputs) == set(layer.design.inputs)
     x = torch.randn(2, 9, 24)
     y = layer(x)
     assert y.shape == x.shape
@@ -52,6 +56,22 @@ def test_mixed_precision_stays_near_single(slug: str) -> None:
         y = layer(x)
     assert y.isfinite().all()
     assert relative_error(y, layer(x)) <= 0.05
+
+
+def test_a_slug_brings_the_published_options() -> None:
+    s4d, own = RegressionLayer("s4d", 16, 2), RegressionLayer("s4d", 16, 2, fixed="")
+    assert set(s4d.convolutions) == {"v"}
+    assert set(own.convolutions) == {"q", "k", "v"}
+    assert not RegressionLayer("softmax_attention", 16, 2).unit
+    assert RegressionLayer(ttr.atlas["softmax_attention"], 16, 2).unit
+
+
+def test_s4d_is_time_invariant() -> None:
+    torch.manual_seed(0)
+    layer = RegressionLayer("s4d", 8, 2).double()
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    shifted = torch.cat([torch.zeros(1, 5, 8, dtype=torch.float64), x], dim=1)
+    assert relative_error(layer(shifted)[:, 5:], layer(x)) <= 1e-10
 
 
 def test_the_short_convolution_is_causal_and_goes_on() -> None:
@@ -85,6 +105,8 @@ def test_a_step_size_of_two_is_reachable_only_where_allowed() -> None:
         ({"num_heads": 0}, "num_heads: expected a divisor of d_model=24, got 0"),
         ({"conv_on": "qx"}, "conv_on: expected letters of \"qkv\", got 'qx'"),
         ({"conv_width": 0}, "width: expected at least 1, got 0"),
+        ({"fixed": "kv"}, "fixed: expected letters of \"qk\", got 'kv'"),
+        ({"design": "s4d", "key_dim": 5}, "key_dim: expected an even number for ComplexDecay(), got 5"),
         ({"max_step_size": 3.0}, "max_step_size: expected a number in (0, 2], got 3.0"),
         ({"design": "delta"}, "design: expected one of linear_attention"),
     ],

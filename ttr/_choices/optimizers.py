@@ -132,7 +132,9 @@ class Muon(Optimizer):
 
     def __post_init__(self) -> None:
         self._require("window", isinstance(self.window, int) and self.window >= 1, "an integer of at least 1")
-        self._require("iterations", isinstance(self.iterations, int) and self.iterations >= 1, "an integer ≥ 1")
+        self._require(
+            "iterations", isinstance(self.iterations, int) and self.iterations >= 1, "an integer of at least 1"
+        )
 
     @property
     def inputs(self) -> dict[str, str]:

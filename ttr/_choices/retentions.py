@@ -36,7 +36,7 @@ class Retention(Choice, ABC):
 class L2(Retention):
     """The squared distance: the old memory fades by the weights' factor, and the step is the plain gradient."""
 
-    formula = "A_t"
+    formula = "A"
 
     def potential(self, accumulated: Tensor) -> Tensor:
         return accumulated.square().sum() / 2
@@ -69,8 +69,8 @@ class Lq(Retention):
     @property
     def formula(self) -> str:  # type: ignore[override]
         if self.printed:
-            return r"A_t \big/ \lVert A_t\rVert_q^{q-2}"
-        return r"\operatorname{sgn}(A_t) \odot |A_t|^{p-1} \big/ \lVert A_t\rVert_p^{p-2}, \quad p = q/(q-1)"
+            return r"A \big/ \lVert A\rVert_q^{q-2}"
+        return r"\operatorname{sgn}(A) \odot |A|^{p-1} \big/ \lVert A\rVert_p^{p-2}, \quad p = q/(q-1)"
 
     def potential(self, accumulated: Tensor) -> Tensor:
         p = self.q / (self.q - 1)
@@ -95,7 +95,7 @@ class KL(Retention):
     """
 
     cites = ("behrouz2025miras",)
-    formula = r"\operatorname{softmax}(A_t)"
+    formula = r"\operatorname{softmax}(A)"
 
     def potential(self, accumulated: Tensor) -> Tensor:
         return accumulated.logsumexp(-2).sum()

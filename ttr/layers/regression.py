@@ -116,6 +116,8 @@ class RegressionLayer(nn.Module):
         convolved = [n for n in "qkv" if n in conv_on and n not in fixed]
         self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in convolved})
         features = self.design.feature_map.size(key_dim)
+        if "frequency" in self.design.inputs and features % 2:
+            raise ValueError(f"key_dim: expected an even number for {self.design.weights}, got {key_dim}")
         sizes = {"heads": num_heads, "key": features, "pair": features // 2, "steps": steps}
         self.inputs = input_modules(self.design, d_model, sizes, max_step_size)
         compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
@@ -150,7 +152,7 @@ class RegressionLayer(nn.Module):
             if name in self.convolutions:
                 z, past[name] = self.convolutions[name](z, cache.past.get(name))
             projected[name] = z.unflatten(-1, self.shapes[name])
-        q, k, v = (projected[name] for name in "qkv")
+        q, k, v = (projected[name].to(projected["v"].dtype) for name in "qkv")
         if self.unit:
             q, k = normalize(q, dim=-1), normalize(k, dim=-1)
         if self.log_temperature is not None:

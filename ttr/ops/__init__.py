@@ -1,18 +1,21 @@
 """The fast algorithms, as functions of tensors: one op a family of memories."""
 
 from ttr.ops import gains
+from ttr.ops._convergence import ConvergenceWarning
 from ttr.ops.delta_rule import delta_rule, momentum_delta_rule
+from ttr.ops.least_squares import least_squares
 from ttr.ops.linear_attention import linear_attention
-from ttr.ops.log_scale import divide_out_largest
-from ttr.ops.rotation import rotate
+from ttr.ops.local_polynomial import PastPairs, local_polynomial
 from ttr.ops.scan import decayed_sum
 
 __all__ = [
+    "ConvergenceWarning",
+    "PastPairs",
     "decayed_sum",
     "delta_rule",
-    "divide_out_largest",
     "gains",
+    "least_squares",
     "linear_attention",
+    "local_polynomial",
     "momentum_delta_rule",
-    "rotate",
 ]

@@ -1,4 +1,4 @@
-"""Conjugate gradients for one positive definite system a token, all tokens at once."""
+"""Conjugate gradients on many positive definite systems at once."""
 
 from __future__ import annotations
 
@@ -10,41 +10,36 @@ from torch import Tensor
 
 
 class ConvergenceWarning(UserWarning):
-    """An iteration used up its steps before every system met its tolerance."""
+    """An iteration used up its steps before every system met the tolerance."""
 
 
-def conjugate_gradients(
-    multiply: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, *, steps: int, tolerance: float
-) -> Tensor:
-    """Solve M x = right for every vector along the last axis, to a residual of at most tolerance·‖right‖.
+def conjugate_gradients(multiply: Callable[[Tensor], Tensor], right: Tensor, *, steps: int, tolerance: float) -> Tensor:
+    """Solve M x = right for each vector along the last axis, until all residuals are at most tolerance·‖right‖.
 
-    `multiply` applies every token's own M; `diagonal` holds the diagonals of M, the preconditioner. Stops when all
-    systems have converged; warns with the largest relative residual where `steps` did not suffice. Hestenes & Stiefel
-    (1952).
+    `multiply` applies to each vector its own M. Warns with the largest relative residual if `steps` were too few.
+    Hestenes & Stiefel (1952).
     """
     x = torch.zeros_like(right)
     residual = right.clone()
-    target = tolerance**2 * _dot(right, right)
-    direction = residual / diagonal
-    energy = _dot(residual, direction)
+    direction = right.clone()
+    size = energy = _dot(right, right)
     for _ in range(steps):
-        running = _dot(residual, residual) > target
+        running = energy > tolerance**2 * size
         if not running.any():
             return x
         image = multiply(direction)
-        # A system that has converged takes no more steps: their length would be 0/0.
+        # A system that has converged stays where it is: its next step might be 0/0.
         length = torch.where(running, energy / _dot(direction, image), 0)
         x.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        preconditioned = residual / diagonal
-        before, energy = energy, _dot(residual, preconditioned)
-        direction.mul_(torch.where(running, energy / before, 0)).add_(preconditioned)
-    relative = tolerance * (_dot(residual, residual) / target).nan_to_num(0.0).amax().sqrt().item()
+        before, energy = energy, _dot(residual, residual)
+        direction.mul_(torch.where(running, energy / before, 0)).add_(residual)
+    relative = (energy / size.clamp_min(torch.finfo(size.dtype).tiny)).max().sqrt().item()
     if not relative <= tolerance:
-        message = f"conjugate gradients: residual {relative:.1e} after {steps} steps, tolerance {tolerance:.1e}"
+        message = f"conjugate gradients: residual {relative:.1e} after {steps} steps, expected {tolerance:.1e}"
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
     return x
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+    return (a * b).sum(-1, keepdim=True)

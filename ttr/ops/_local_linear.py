@@ -28,7 +28,8 @@ from ttr.ops._convergence import warn_unless_converged
 Solver = Literal["auto", "conjugate_gradients", "direct"]
 
 DIRECT_KEY = 16  # up to here factors of single queries are cheaper than the steps they save
-SCORES = {"cpu": 2**20}  # numbers in a block of scores: what caches hold
+KEEP = 0.9  # of the queries unfinished, to be worth a copy of their weights
+SCORES = {"cpu": 2**21}  # numbers in a block of scores: what caches hold
 SCORES_ELSEWHERE = 2**26
 
 
@@ -72,15 +73,34 @@ def log_factors(
     return torch.where(outside, -torch.inf, factors)
 
 
+@dataclass(frozen=True)
 class Block:
-    """The weighted pairs that a block of queries sees. No method records gradients; `scores` is scratch space."""
+    """The pairs that a block of queries sees. No method records gradients; `scores` is scratch space.
 
-    def __init__(self, q: Tensor, k: Tensor, factors: Tensor, scores: Tensor):
-        self.k, self.scores = k, scores
-        torch.bmm(q, k.mT, out=scores)
-        # A query that no pair has weight for sees zeros, not the softmax of nothing.
-        self.weights = scores.add_(factors).softmax(-1).masked_fill_(factors.isneginf().all(-1, keepdim=True), 0)
-        self.mean = self.weights @ k
+    Attributes:
+        k: (heads, pairs, key).
+        weights: normalised, (heads, queries, pairs).
+        mean: of the keys, (heads, queries, key).
+        scores: shaped like the weights.
+    """
+
+    k: Tensor
+    weights: Tensor
+    mean: Tensor
+    scores: Tensor
+
+    @classmethod
+    def weigh(cls, q: Tensor, k: Tensor, factors: Tensor, may_be_empty: bool) -> Block:
+        scores = q @ k.mT
+        weights = scores.add_(factors).softmax(-1)
+        if may_be_empty:  # a query that no pair has weight for sees zeros, not the softmax of nothing
+            weights.masked_fill_(factors.isneginf().all(-1, keepdim=True), 0)
+        return cls(k, weights, weights @ k, scores)
+
+    def take(self, rows: Tensor) -> Block:
+        """The block of these queries, (heads × queries) of this one's laid flat, as many in each head."""
+        weights, mean = _take(self.weights, rows), _take(self.mean, rows)
+        return Block(self.k, weights, mean, self.scores.flatten()[: weights.numel()].view_as(weights))
 
     def contrasts(self, x: Tensor) -> Tensor:
         """x·(k_i − μ) for every pair, in the scratch space."""
@@ -124,58 +144,61 @@ def _preconditioner(covariance: Tensor, ridge: Tensor) -> Callable[[Tensor], Ten
     return lambda x: torch.cholesky_solve(x.unsqueeze(-1), factor).squeeze(-1)
 
 
-def _conjugate_gradients(
-    block: Block,
-    ridge: Tensor,
-    right: Tensor,
-    start: Tensor | None,
-    precondition: Callable[[Tensor], Tensor],
-    steps: int,
-    tolerance: float,
-) -> tuple[Tensor, float]:
-    """Solve (C + λI) x = right for all queries, until the largest relative residual, also returned, is tolerable.
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_select(0, rows).unflatten(0, (x.shape[0], -1))
 
-    Residuals are measured by the preconditioner, rᵀMr, which every step takes anyway; M ≈ (C + λI)^{-1} makes that
-    the error in the norm that least squares is about.
-    """
-    tiny = torch.finfo(right.dtype).tiny
-    scale = (right * precondition(right)).sum(-1, keepdim=True).clamp_min(tiny)
-    if start is None:
-        x, left = torch.zeros_like(right), right.clone()
-    else:
-        x, left = start, right - block.covariance(start).addcmul_(ridge, start)
-    direction, fall = torch.zeros_like(right), torch.ones_like(scale)
-    for step in range(steps + 1):
-        conditioned = precondition(left)
-        previous, fall = fall, (left * conditioned).sum(-1, keepdim=True)
-        residual = (fall / scale).max().sqrt().item()
-        if residual <= tolerance or step == steps:
-            break
-        direction = torch.addcmul(conditioned, fall / previous.clamp_min(tiny), direction)
-        image = block.covariance(direction).addcmul_(ridge, direction)
-        size = fall / (direction * image).sum(-1, keepdim=True).clamp_min(tiny)
-        x.addcmul_(size, direction)
-        left.addcmul_(size, image, value=-1)
-    return x, residual
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1, keepdim=True)
 
 
 def _solve(block: Block, ridge: Tensor, right: Tensor, how: Settings) -> tuple[Tensor, float]:
-    """(C + λI)^{-1} right for each query, and the largest relative residual."""
+    """(C + λI)^{-1} right for each query by conjugate gradients, and the largest relative residual.
+
+    Residuals are measured by the preconditioner, rᵀMr, which every step takes anyway; M ≈ (C + λI)^{-1} makes that
+    the error in the norm that least squares is about. Queries that have converged are left out of what follows.
+    """
+    heads, queries, key = right.shape
+    tiny = torch.finfo(right.dtype).tiny
+    factorised = never = how.steps + 1
+    if queries > 1 and how.solver == "direct":
+        factorised = 0
+    if queries > 1 and how.solver == "auto":
+        # The factors cost as much as about key/4 steps: a query that has not converged by then takes its own.
+        factorised = 0 if key <= DIRECT_KEY else key // 4
+    precondition = _preconditioner(block.mean_covariance(), ridge) if factorised else None
+
     length = right.norm(dim=-1, keepdim=True)
-    right = right / length.clamp_min(torch.finfo(right.dtype).tiny)
-    queries, key = right.shape[1:]
-    steps, x = how.steps, None
-    if queries == 1 or not (how.solver == "direct" or (how.solver == "auto" and key <= DIRECT_KEY)):
-        # A factor of each query costs as much as about key/4 steps: what has not converged by then takes it.
-        few = min(steps, max(1, key // 4)) if how.solver == "auto" else steps
-        shared = _preconditioner(block.mean_covariance(), ridge)
-        x, residual = _conjugate_gradients(block, ridge, right, None, shared, few, how.tolerance)
-        steps -= few
-        if steps == 0 or residual <= how.tolerance:
-            return x * length, residual
-    own = _preconditioner(block.covariances(), ridge)
-    x, residual = _conjugate_gradients(block, ridge, right, x, own, steps, how.tolerance)
-    return x * length, residual
+    left = right / length.clamp_min(tiny)
+    x, direction, fall = torch.zeros_like(left), torch.zeros_like(left), torch.ones_like(length)
+    solution, rows = torch.empty_like(x), torch.arange(heads * queries, device=x.device)
+    for step in range(never):
+        if step == factorised or precondition is None:
+            precondition = _preconditioner(block.covariances(), ridge)
+            direction.zero_()
+        conditioned = precondition(left)
+        previous, fall = fall, _dot(left, conditioned)
+        if step == 0:
+            goal = how.tolerance**2 * fall
+        unfinished = fall > goal
+        most = int(unfinished.sum(1).max())
+        if most == 0 or step == how.steps:
+            break
+        if step < factorised and most <= KEEP * unfinished.shape[1]:
+            solution.view(-1, key).index_copy_(0, rows, x.flatten(0, 1))
+            kept = unfinished.squeeze(-1).float().topk(most, dim=1).indices
+            kept = (kept + unfinished.shape[1] * torch.arange(heads, device=x.device)[:, None]).flatten()
+            rows, block = rows[kept], block.take(kept)
+            x, left, conditioned, direction = (_take(each, kept) for each in (x, left, conditioned, direction))
+            previous, fall, goal = (_take(each, kept) for each in (previous, fall, goal))
+        direction = torch.addcmul(conditioned, fall / previous.clamp_min(tiny), direction)
+        image = block.covariance(direction).addcmul_(ridge, direction)
+        size = fall / _dot(direction, image).clamp_min(tiny)
+        x.addcmul_(size, direction)
+        left.addcmul_(size, image, value=-1)
+    solution.view(-1, key).index_copy_(0, rows, x.flatten(0, 1))
+    residual = how.tolerance * (fall / goal)[unfinished].max().sqrt().item() if most else 0.0
+    return solution.mul_(length), residual
 
 
 def _blocks(
@@ -191,8 +214,7 @@ def _blocks(
         some_elapsed, some_bias = (None if x is None else x[group] for x in (elapsed, key_bias))
         for rows, columns in spans(pairs - time, time, how.window, how.chunk_size):
             factors = log_factors(rows, columns, how.window, some_elapsed, some_bias, q)
-            shape = group.stop - group.start, rows.stop - rows.start, columns.stop - columns.start
-            yield group, rows, columns, Block(q[group, rows], k[group, columns], factors, q.new_empty(shape))
+            yield group, rows, columns, Block.weigh(q[group, rows], k[group, columns], factors, key_bias is not None)
 
 
 class LocalLinear(torch.autograd.Function):
@@ -227,7 +249,7 @@ class LocalLinear(torch.autograd.Function):
             y[heads, rows] = lifted @ v[heads, columns]
         warn_unless_converged(worst, how.tolerance, how.steps)
         ctx.save_for_backward(q, k, v, slope, ridge, elapsed, key_bias)
-        ctx.how, ctx.probed = how, probe is not None
+        ctx.how = how
         return y
 
     @staticmethod
@@ -267,8 +289,7 @@ class LocalLinear(torch.autograd.Function):
             to_k[heads, columns].baddbmm_(pull.mT, q[heads, rows])
             to_bias[heads, columns] += pull.sum(1)
         warn_unless_converged(worst, how.tolerance, how.steps)
+        to_ridge = None if ridge is None else -(to_slope * slope).sum((1, 2), keepdim=True)
+        to_target, to_probe = (None, to_slope) if ridge is None else (to_slope, None)
         to_elapsed = None if elapsed is None else -to_bias.double()
-        if ctx.probed:
-            return to_q, to_k, to_v, None, None, to_slope, to_elapsed, to_bias, None
-        to_ridge = -(to_slope * slope).sum((1, 2), keepdim=True)
-        return to_q, to_k, to_v, to_slope, to_ridge, None, to_elapsed, to_bias, None
+        return to_q, to_k, to_v, to_target, to_ridge, to_probe, to_elapsed, None if key_bias is None else to_bias, None

@@ -136,11 +136,11 @@ def descent(
     for depth, matrix in enumerate(matrices):
         if depth:
             entering.append(gelu(sums[-1]))
-        sums.append(kept * (entering[-1] @ matrix))
+        sums.append((kept * entering[-1]) @ matrix)
     back = pulled_back(influence(v - normalized(sums[-1], norm)), sums[-1], norm)
     coming_back = [back]
     for matrix, x in zip(reversed(matrices[1:]), reversed(sums[:-1]), strict=True):
-        back = gelu_slope(x) * kept * (back @ matrix.mT)
+        back = gelu_slope(x) * ((kept * back) @ matrix.mT)
         coming_back.append(back)
     return list(zip(entering, reversed(coming_back), strict=True))
 

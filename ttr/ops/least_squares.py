@@ -1,26 +1,32 @@
-r"""Family (c): exact least squares, the regression solved at every token.
+r"""Family (c): exact least squares, the regression solved anew at every token.
 
 With the curvature G_t and the cross moment C_t of all pairs so far, the memory is (G_t + Λ)⁻¹ C_t. It is read as
-C_tᵀ x_t: linear attention whose queries x_t = (G_t + Λ)⁻¹ q_t have been whitened. Everything here is about finding
-x_t; three solvers do, and none of them forms more than one G a chunk at a time.
+C_tᵀ x_t, x_t = (G_t + Λ)⁻¹ q_t: linear attention with whitened queries. Three solvers whiten them, in parallel over
+chunks and without the T matrices G_t.
 
-The chunk form, for a decay per head and no ridge but what G_0 contains. Scale the keys by √w, write c_t for the
-cumulative log-decay in the chunk, and let J G_0⁻¹-whiten, JᵀJ = G_0⁻¹. With K̂ = K Jᵀ, Q̂ = Q Jᵀ,
+Token by token: G_t is carried along all chunks at the same time, and factorised.
 
-    A = Diag(e^c) + K̂ K̂ᵀ = L Lᵀ,   W = L⁻¹ K̂,   X = Diag(e^{−c}) (Q̂ − tril(Q̂ Wᵀ) W) J
+Conjugate gradients: within a chunk G_t x_t is linear attention with keys for values.
 
-are all tokens' answers: Woodbury's identity for every leading block of A at once. Two factorisations a chunk, all
-chunks at the same time. The subtraction loses the digits by which a chunk's own pairs outweigh what was there before
-it. Both losses can be read off the factors; chunks that lose too many are cut in halves, and at a few tokens solved
-one by one. No exponent but that of the last division is positive, and where that is large the chunk is cut.
+The chunk form takes no Λ but the one in G_0, and no decay per channel. Write K for the chunk's keys times √w, c for
+the cumulative log-decay in the chunk, G for the curvature at its start, and K̂ = K Jᵀ, Q̂ = Q Jᵀ where JᵀJ = G⁻¹. Then
 
-The gradient of a solve is a solve: with z_t = (G_t + Λ)⁻ᵀ ∂y/∂x_t, what remains is the derivative of −z_tᵀ (G_t + Λ) x_t
-at fixed x and z, linear attention again.
+    L Lᵀ = Diag(e^c) + K̂ K̂ᵀ,   W = L⁻¹ K̂,   X = Diag(e^{−c}) (Q̂ − tril(Q̂ Wᵀ) W) J
+
+is Woodbury's identity at every token: a leading block of L is the factor of the leading block. Two factorisations a
+chunk replace one a token. What they subtract costs digits, where a chunk knows much that its start did not: the more,
+the stronger the decay. The factors tell how many. A chunk that loses too many is cut in halves, and solved token by
+token in the end; so no decay is too strong.
+
+The gradient of a solve is a solve. With z_t = (G_t + Λ)⁻ᵀ ∂/∂x_t, the rest is the gradient of −z_tᵀ (G_t + Λ) x_t for
+constant z and x: linear attention once more.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -37,14 +43,8 @@ __all__ = ["ConvergenceWarning", "least_squares"]
 
 Solver = Literal["auto", "chunk", "conjugate_gradients", "direct"]
 
-# What can solve which problem, the one to prefer first.
-SOLVERS: dict[tuple[str, str], tuple[Solver, ...]] = {
-    ("a ridge that decays", "head"): ("chunk", "direct", "conjugate_gradients"),
-    ("a ridge that stays", "head"): ("conjugate_gradients", "direct"),
-    ("a ridge that decays", "channel"): ("direct",),
-    ("a ridge that stays", "channel"): ("direct",),
-}
-FEW_TOKENS = 4
+FEW_TOKENS = 4  # are solved one by one
+CHUNKS_TOGETHER = 32  # are solved at once on a CPU: about what stays in its cache
 
 
 def least_squares(
@@ -66,9 +66,58 @@ def least_squares(
     Float[Tensor, "batch time heads value"],
     tuple[Float[Tensor, "batch heads key key"], Float[Tensor, "batch heads key value"]],
 ]:
-    r"""TODO."""
-    per_head = ridge.ndim == 1 if isinstance(ridge, Tensor) else False
-    curvature, cross = (None, None) if initial_state is None else initial_state
+    r"""Predict by the exact weighted ridge regression on all pairs so far.
+
+    .. math::
+        y_t = C_t^\top (G_t + \Lambda)^{-1} q_t, \qquad
+        G_t = \operatorname{Diag}(e^{\ell_t})\, G_{t-1} + w_t\, k_t k_t^\top, \qquad
+        C_t = \operatorname{Diag}(e^{\ell_t})\, C_{t-1} + w_t\, k_t v_t^\top
+
+    A ridge that decays is a prior: :math:`G_0 = \operatorname{Diag}(\lambda)` and no Λ, recursive least squares. One
+    that stays is :math:`\Lambda = \operatorname{Diag}(\lambda)` with :math:`G_0 = 0`.
+
+    With a decay per head the memory :math:`S_t = (G_t + \Lambda)^{-1} C_t` minimises
+    :math:`\sum_i \gamma_i w_i \lVert v_i - S^\top k_i\rVert^2` plus the ridge's penalty, γ the products of decays.
+    With one per channel it solves the estimating equation
+    :math:`\sum_i \operatorname{Diag}(\gamma_i)\, w_i k_i (v_i - S^\top k_i)^\top = \Lambda S`, in which each channel's
+    normal equation forgets at its own rate. That minimises nothing: G is not symmetric, G + Λ can be singular for
+    some data, and close to it the answer is large. A noiseless linear map is still recovered.
+
+    Once a prior has faded, keys that do not span the space leave G singular. Where a pivot of its factorisation is
+    below key·ε times the diagonal of G (ε the rounding unit), it is rounding; twice that much of the diagonal, and the
+    root of the smallest normal number, are then added. So answers stay bounded.
+
+    Args:
+        q: queries; no scaling is applied.
+        k: keys.
+        v: values.
+        ridge: λ > 0, one a head or one a channel. With an initial state and `ridge_decays` it has no effect.
+        log_decay: :math:`\ell_t \le 0`, one a head or one a channel of the key; None keeps everything.
+        weight: :math:`w_t \ge 0`, the weight of a pair as it comes in; None is one.
+        ridge_decays: whether the ridge fades with the data.
+        solver: "chunk", an exact chunkwise form for a ridge that decays, with at most one decay a head;
+            "conjugate_gradients", for at most one decay a head; "direct", a factorisation a token. "auto" takes the
+            first of these that may, and "direct" for a few tokens.
+        steps: the most steps that conjugate gradients take.
+        tolerance: the residual, relative to its right-hand side, at which they stop.
+        initial_state: :math:`(G_0, C_0)`, as an earlier call returned it.
+        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+
+    Returns:
+        The outputs in the dtype of v, and the final state (G, C) in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, a ridge ≤ 0, a weight < 0,
+            chunk_size or steps < 1, tolerance ≤ 0, a solver that does not solve this problem, or backend "triton".
+
+    Warns:
+        ConvergenceWarning: with the residual, where conjugate gradients have not converged.
+
+    Plackett (1950) and Haykin (2002) for a ridge that decays; von Oswald et al. (2025, MesaNet) for one that stays.
+    """
+    per_head = isinstance(ridge, Tensor) and ridge.ndim == 1
+    curvature, cross = initial_state or (None, None)
     check_shapes(
         q=(q, "batch time heads key"),
         k=(k, "batch time heads key"),
@@ -90,218 +139,267 @@ def least_squares(
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
     uses_triton(backend, q, missing="least squares")
-    method = _choose(solver, ridge_decays, log_decay, q.shape[1])
+    solve = _chosen(solver, log_decay, q.shape[1], ridge_decays, steps=steps, tolerance=tolerance)
 
     dtype = state_dtype(v)
     with without_autocast(v):
-        output_dtype = v.dtype
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+        q, k, values, ridge = (x.to(dtype) for x in (q, k, v, ridge))
         if per_head:
-            ridge = ridge.unsqueeze(-1).expand(-1, k.shape[-1])
-        ridge = ridge.to(dtype)
+            ridge = ridge.unsqueeze(-1).expand(k.shape[2:])
         if curvature is None:
-            prior = torch.diag_embed(ridge) if ridge_decays else torch.zeros_like(ridge).diag_embed()
+            prior = torch.diag_embed(ridge if ridge_decays else torch.zeros_like(ridge))
             curvature = prior.expand(k.shape[0], *prior.shape)
-        weighted = k if weight is None else weight.unsqueeze(-1) * k
-        cross = zero_state(k, v) if cross is None else cross.to(dtype)
-        curvature = curvature.to(dtype)
-        solve = _Solve(method, chunk_size, steps, tolerance)
-        x = _Whiten.apply(solve, q, k, weight, log_decay, curvature, None if ridge_decays else ridge)
+        stays = None if ridge_decays else ridge
+        x, curvature = _Whiten.apply(solve, chunk_size, q, k, weight, log_decay, curvature.to(dtype), stays)
         y, cross = linear_attention(
-            x, weighted, v, log_decay, initial_state=cross, chunk_size=chunk_size, backend=backend
+            x,
+            _weighted(k, weight),
+            values,
+            log_decay,
+            initial_state=zero_state(k, v) if cross is None else cross.to(dtype),
+            chunk_size=chunk_size,
+            backend=backend,
         )
-        return y.to(output_dtype), (_last_curvature(k, weighted, log_decay, curvature), cross)
+    return y.to(v.dtype), (curvature, cross)
 
 
-def _choose(solver: Solver, ridge_decays: bool, log_decay: Tensor | None, time: int) -> Solver:
-    ridge = "a ridge that decays" if ridge_decays else "a ridge that stays"
-    per = decay_axes(log_decay).split()[-1].removesuffix("s")
-    allowed = SOLVERS[
-        "a ridge that decays" if ridge_decays else "a ridge that stays", "channel" if per == "key" else "head"
-    ]
-    if solver == "auto":
-        return allowed[0] if time > FEW_TOKENS else "direct"
-    if solver not in allowed:
-        raise ValueError(f"solver: expected {allowed} got {solver!r} {ridge}")
-    return solver
+class _Systems(NamedTuple):
+    """The matrices M_t = G_t + Λ of chunks of tokens, none of them formed; transposed where asked."""
+
+    k: Tensor  # (chunks, chunk, key), times √w
+    log_decay: Tensor | None  # (chunks, chunk) or (chunks, chunk, key)
+    start: Tensor  # (chunks, key, key)
+    ridge: Tensor | None  # (chunks, 1, key)
+    transposed: bool
+
+    def part(self, chunks: Any, tokens: slice = slice(None)) -> _Systems:
+        """Some of the tokens of some chunks, as if they began with the chunk."""
+        k, log_decay, start, ridge, transposed = self
+        return _Systems(
+            k[chunks, tokens],
+            None if log_decay is None else log_decay[chunks, tokens],
+            start[chunks],
+            None if ridge is None else ridge[chunks],
+            transposed,
+        )
 
 
-def _last_curvature(k: Tensor, weighted: Tensor, log_decay: Tensor | None, curvature: Tensor) -> Tensor:
-    if log_decay is None:
-        return curvature + torch.einsum("bthi,bthj->bhij", weighted, k)
-    elapsed = log_decay.double().flip(1).cumsum(1).flip(1)
-    if elapsed.ndim == 3:
-        elapsed = elapsed.unsqueeze(-1)
-    left = (elapsed - log_decay.double().reshape(*log_decay.shape[:3], -1)).to(k.dtype).exp()
-    total = log_decay.double().reshape(*log_decay.shape[:3], -1).sum(1).to(k.dtype).exp().unsqueeze(-1)
-    return total * curvature + torch.einsum("bthi,bthj->bhij", left * weighted, k)
-
-
-class _Solve:
-    def __init__(self, method, chunk_size, steps, tolerance):
-        self.method, self.chunk_size, self.how = method, chunk_size, {"steps": steps, "tolerance": tolerance}
-
-    def __call__(self, right, k, weight, log_decay, curvature, ridge, adjoint):
-        keys = k if weight is None else weight.sqrt().unsqueeze(-1) * k
-
-        def step(right, k, log_decay, curvature):
-            decay = ChunkDecay(log_decay)
-            starts = []
-            writes = decay.until_end(k).mT @ k
-            for factor, write in zip(decay.over_chunks(k.shape[2], k.dtype), writes.unbind(2), strict=True):
-                starts.append(curvature)
-                curvature = factor * curvature + write
-            start = torch.stack(starts, 2)
-            shape = right.shape
-            if ridge is not None:
-                flat_ridge = ridge[:, None, :].expand(shape[0], -1, shape[2], -1).flatten(0, 2).unsqueeze(1)
-            else:
-                flat_ridge = None
-            right, k, start = (x.flatten(0, 2) for x in (right, k, start))
-            log_decay = None if log_decay is None else log_decay.flatten(0, 2)
-            if self.method == "chunk":
-                x = in_chunks(right, k, log_decay, start)
-            elif self.method == "direct":
-                x = one_by_one(right, k, log_decay, start, flat_ridge, adjoint)
-            else:
-                x = iterate(right, k, log_decay, start, flat_ridge, **self.how)
-            return x.view(shape), curvature
-
-        return map_chunks(step, (right, keys, log_decay), curvature, like=right, chunk_size=self.chunk_size)[0]
+Solve = Callable[[_Systems, Tensor], Tensor]
 
 
 class _Whiten(torch.autograd.Function):
+    """(x, G_T) with (G_t + Λ) x_t = q_t, by implicit differentiation."""
+
     @staticmethod
-    def forward(ctx, solve, q, k, weight, log_decay, curvature, ridge):
-        x = solve(q, k, weight, log_decay, curvature, ridge, adjoint=False)
-        ctx.solve = solve
-        ctx.save_for_backward(x, k, weight, log_decay, curvature, ridge)
-        return x
+    def forward(
+        ctx: Any,
+        solve: Solve,
+        chunk_size: int,
+        q: Tensor,
+        k: Tensor,
+        weight: Tensor | None,
+        log_decay: Tensor | None,
+        curvature: Tensor,
+        ridge: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        matrices = k, weight, log_decay, curvature, ridge
+        x, curvature = _whiten(solve, chunk_size, q, *matrices, transposed=False)
+        ctx.solve, ctx.chunk_size = solve, chunk_size
+        ctx.save_for_backward(x, *matrices)
+        return x, curvature
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
-        x, *tensors = ctx.saved_tensors
-        z = ctx.solve(gradient, *tensors, adjoint=True)
-        needed = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, x_gradient: Tensor, curvature_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        z, _ = _whiten(ctx.solve, ctx.chunk_size, x_gradient, *matrices, transposed=True)
+        needed = ctx.needs_input_grad[3:]
+        leaves: list[Any] = [
+            None if matrix is None else matrix.detach().requires_grad_(need)
+            for matrix, need in zip(matrices, needed, strict=True)
+        ]
+        k, weight, log_decay, start, ridge = leaves
         with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-            k, weight, log_decay, curvature, ridge = leaves
-            weighted = k if weight is None else weight.unsqueeze(-1) * k
-            image, _ = linear_attention(z, weighted, k, log_decay, initial_state=curvature, backend="torch")
+            image, curvature = linear_attention(
+                z, _weighted(k, weight), k, log_decay, initial_state=start, chunk_size=ctx.chunk_size, backend="torch"
+            )
             if ridge is not None:
                 image = image + ridge * z
-            wanted = [t for t, n in zip(leaves, needed, strict=True) if n]
-            found = iter(torch.autograd.grad(image, wanted, -x) if wanted else ())
-        return None, z, *(next(found) if n else None for n in needed)
+            total = (curvature * curvature_gradient).sum() - (image * x).sum()
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(total, wanted) if wanted else ())
+        return None, None, z, *(next(found) if need else None for need in needed)
 
 
-def inverse_factor(a: Tensor) -> Tensor:
-    size = a.shape[-1]
-    if size <= 16:
-        factor, info = torch.linalg.cholesky_ex(a)
-        factor = torch.where((info > 0)[..., None, None], torch.nan, factor)
-        return torch.linalg.solve_triangular(factor, torch.eye(size, dtype=a.dtype, device=a.device), upper=False)
-    half = size // 2
-    first = inverse_factor(a[..., :half, :half])
-    below = a[..., half:, :half] @ first.mT
-    second = inverse_factor(torch.baddbmm(a[..., half:, half:], below, below.mT, alpha=-1))
-    inverse = torch.zeros_like(a)
-    inverse[..., :half, :half] = first
-    inverse[..., half:, half:] = second
-    inverse[..., half:, :half] = second @ (below @ first).neg_()
-    return inverse
+def _weighted(k: Tensor, weight: Tensor | None) -> Tensor:
+    return k if weight is None else weight.unsqueeze(-1) * k
 
 
-def in_chunks(right: Tensor, k: Tensor, log_decay: Tensor | None, start: Tensor) -> Tensor:
-    size = right.shape[1]
+def _chosen(
+    solver: Solver, log_decay: Tensor | None, time: int, ridge_decays: bool, *, steps: int, tolerance: float
+) -> Solve:
+    """The solver of that name; of those that solve this problem, the fastest for "auto"."""
+    solvers: dict[Solver, Solve] = {
+        "chunk": _by_chunks,
+        "conjugate_gradients": partial(_by_conjugate_gradients, steps=steps, tolerance=tolerance),
+        "direct": _token_by_token,
+    }
+    problem = f"a ridge that {'decays' if ridge_decays else 'stays'}"
+    if not ridge_decays:
+        del solvers["chunk"]
+    if log_decay is not None and log_decay.ndim == 4:
+        problem = "a decay per channel"
+        solvers = {"direct": _token_by_token}
+    if solver == "auto":
+        return next(iter(solvers.values())) if time > FEW_TOKENS else _token_by_token
+    if solver not in solvers:
+        names = ", ".join(f'"{name}"' for name in ("auto", *solvers))
+        raise ValueError(f"solver: expected one of {names} for {problem}, got {solver!r}")
+    return solvers[solver]
+
+
+def _whiten(
+    solve: Solve,
+    chunk_size: int,
+    right: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    log_decay: Tensor | None,
+    curvature: Tensor,
+    ridge: Tensor | None,
+    *,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Solve with every token's matrix, or its transpose; also the final curvature."""
+
+    def step(right: Tensor, k: Tensor, log_decay: Tensor | None, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        decay = ChunkDecay(log_decay)
+        writes = decay.until_end(k).mT @ k
+        starts = []
+        for factor, write in zip(decay.over_chunks(k.shape[2], k.dtype), writes.unbind(2), strict=True):
+            starts.append(curvature)
+            curvature = factor * curvature + write
+        chunks = right.shape[:3]
+        systems = _Systems(
+            k.flatten(0, 2),
+            None if log_decay is None else log_decay.flatten(0, 2),
+            torch.stack(starts, dim=2).flatten(0, 2),
+            None if ridge is None else ridge[:, None, None].expand(*chunks, 1, -1).flatten(0, 2),
+            transposed,
+        )
+        right = right.flatten(0, 2)
+        together = CHUNKS_TOGETHER if right.device.type == "cpu" else len(right)
+        parts = [slice(first, first + together) for first in range(0, len(right), together)]
+        x = torch.cat([solve(systems.part(part), right[part]) for part in parts])
+        return x.unflatten(0, chunks), curvature
+
+    k = k if weight is None else weight.sqrt().unsqueeze(-1) * k
+    return map_chunks(step, (right, k, log_decay), curvature, like=right, chunk_size=chunk_size)
+
+
+def _token_by_token(systems: _Systems, right: Tensor) -> Tensor:
+    k, log_decay, curvature, ridge, transposed = systems
+    symmetric = log_decay is None or log_decay.ndim == 2
+    stays = 0.0 if ridge is None else torch.diag_embed(ridge.squeeze(1))
+    x = []
+    for t in range(k.shape[1]):
+        if log_decay is not None:
+            factor = log_decay[:, t].exp()
+            curvature = (factor[:, None, None] if symmetric else factor[..., None]) * curvature
+        curvature = torch.baddbmm(curvature, k[:, t].unsqueeze(2), k[:, t].unsqueeze(1))
+        matrix = curvature + stays
+        x.append(_factorised(matrix.mT if transposed else matrix, symmetric)(right[:, t].unsqueeze(-1)))
+    return torch.stack(x, dim=1).squeeze(-1)
+
+
+def _factorised(matrix: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
+    """Solve with each matrix; where rounding has eaten a pivot, with a little added to the diagonal."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * diagonal.abs()
+    factorise = torch.linalg.cholesky_ex if symmetric else torch.linalg.lu_factor_ex
+    factors = factorise(matrix)
+    pivots = factors[0].diagonal(dim1=-2, dim2=-1)
+    pivots = pivots.square() if symmetric else pivots.abs()
+    lost = ((pivots <= rounding).any(-1) | (factors[-1] > 0)).nonzero().squeeze(-1)
+    if len(lost):
+        floor = 2 * rounding[lost] + torch.finfo(matrix.dtype).tiny ** 0.5
+        for factor, floored in zip(factors, factorise(matrix[lost] + torch.diag_embed(floor)), strict=True):
+            factor[lost] = floored
+    if symmetric:
+        return partial(torch.cholesky_solve, input2=factors[0])
+    return partial(torch.linalg.lu_solve, *factors[:2])
+
+
+def _by_chunks(systems: _Systems, right: Tensor) -> Tensor:
+    k, log_decay, start, *_ = systems
+    size, channels = k.shape[1:]
     if size <= FEW_TOKENS:
-        return one_by_one(right, k, log_decay, start)
+        return _token_by_token(systems, right)
     decay = ChunkDecay(log_decay)
-    eps = torch.finfo(k.dtype).eps
-    limit = eps**-0.33
     left = decay.since_start(torch.ones_like(k[..., :1]))
-    whitening = inverse_factor(start)
+    whitening = _inverse_factor(start)
     keys, queries = k @ whitening.mT, right @ whitening.mT
-    a = keys @ keys.mT
-    a.diagonal(dim1=-2, dim2=-1).add_(left.squeeze(-1))
-    inverse = inverse_factor(a)
+    overlap = keys @ keys.mT
+    overlap.diagonal(dim1=-2, dim2=-1).add_(left.squeeze(-1))
+    inverse = _inverse_factor(overlap)
     gains = inverse @ keys
     x = queries - (queries @ gains.mT).tril_() @ gains
 
-    def pivot(a, i):
-        return (a.diagonal(dim1=-2, dim2=-1) * i.diagonal(dim1=-2, dim2=-1).square()).amax(-1)
-
-    fine = (
-        (pivot(start, whitening) < 1 / (eps * start.shape[-1])) & (pivot(a, inverse) < limit) & (left[:, -1, 0] > eps)
-    )
-    fine &= (queries.norm(dim=-1) <= limit * x.norm(dim=-1)).all(-1)
+    eps = torch.finfo(k.dtype).eps
+    most = eps**-0.3  # by how much a difference may be smaller than what it is taken of
+    kept = (queries.norm(dim=-1) <= most * x.norm(dim=-1)).all(-1) & (left[:, -1, 0] > eps)
+    kept &= (_cancellation(overlap, inverse) <= most) & (_cancellation(start, whitening) <= 1 / (channels * eps))
     x = (x / left) @ whitening
-    global LAST
-    LAST = (pivot(a, inverse), (queries.norm(dim=-1) / x.norm(dim=-1)).amax(-1))
-    for poor in (~fine).nonzero().squeeze(-1).split(256):
+    cut = (~kept).nonzero().squeeze(-1)
+    if len(cut):
         half = size // 2
-        first, second = (
-            [None if t is None else t[poor, span] for t in (right, k, log_decay)]
-            for span in (slice(half), slice(half, None))
-        )
-        until = ChunkDecay(first[-1])
-        middle = until.until_end(first[1]).mT @ first[1]
-        middle += start[poor] * (1 if log_decay is None else until.cumulative[:, -1:].exp().to(k.dtype))
-        x[poor] = torch.cat([in_chunks(*first, start[poor]), in_chunks(*second, middle)], 1)
+        first, second = (systems.part(cut, tokens) for tokens in (slice(half), slice(half, None)))
+        writes = ChunkDecay(first.log_decay).until_end(first.k).mT @ first.k
+        second = second._replace(start=left[cut, half - 1 : half] * first.start + writes)
+        x[cut] = torch.cat([_by_chunks(first, right[cut, :half]), _by_chunks(second, right[cut, half:])], dim=1)
     return x
 
 
-def one_by_one(right, k, log_decay, start, ridge=None, adjoint=False):
-    outputs = []
-    curvature = start
-    eps = torch.finfo(k.dtype).eps
-    tiny = torch.finfo(k.dtype).tiny ** 0.5
-    symmetric = log_decay is None or log_decay.ndim == 2
-    for t in range(k.shape[1]):
-        write = k[:, t, :, None] * k[:, t, None, :]
-        if log_decay is not None:
-            f = log_decay[:, t].exp()
-            curvature = curvature * (f[:, None, None] if symmetric else f[..., None])
-        curvature = curvature + write
-        m = curvature if ridge is None else curvature + torch.diag_embed(ridge[:, 0])
-        outputs.append(solve_one(m.mT if adjoint else m, right[:, t], symmetric))
-    return torch.stack(outputs, 1)
+def _cancellation(matrix: Tensor, inverse: Tensor) -> Tensor:
+    """How much larger a diagonal entry is than the pivot left of it, at most; `inverse` is that of the factor."""
+    return (matrix.diagonal(dim1=-2, dim2=-1) * inverse.diagonal(dim1=-2, dim2=-1).square()).amax(-1)
 
 
-def solve_one(m, right, symmetric):
-    eps = torch.finfo(m.dtype).eps
-    floor = m.shape[-1] * eps * m.diagonal(dim1=-2, dim2=-1).abs()
-    if symmetric:
-        factor, info = torch.linalg.cholesky_ex(m)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    else:
-        lu, p, info = torch.linalg.lu_factor_ex(m)
-        pivots = lu.diagonal(dim1=-2, dim2=-1).abs()
-    poor = (~(pivots > floor).all(-1) | (info > 0)).nonzero().squeeze(-1)
-    if len(poor):
-        m = m[poor] + torch.diag_embed(2 * floor[poor] + torch.finfo(m.dtype).tiny ** 0.5)
-        if symmetric:
-            factor[poor] = torch.linalg.cholesky(m)
-        else:
-            lu[poor], p[poor], _ = torch.linalg.lu_factor_ex(m)
-    if symmetric:
-        return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    return torch.linalg.lu_solve(lu, p, right.unsqueeze(-1)).squeeze(-1)
+def _inverse_factor(matrix: Tensor) -> Tensor:
+    """L⁻¹ with L Lᵀ = matrix, by halves: products do most of it, several times faster than batched LAPACK.
+
+    NaN where the matrix is not positive definite.
+    """
+    size = matrix.shape[-1]
+    if size <= 16:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        factor = torch.where(failed[:, None, None] > 0, torch.nan, factor)
+        return torch.linalg.solve_triangular(factor, torch.eye(size).to(matrix), upper=False)
+    half = size // 2
+    first = _inverse_factor(matrix[:, :half, :half])
+    below = matrix[:, half:, :half] @ first.mT
+    second = _inverse_factor(torch.baddbmm(matrix[:, half:, half:], below, below.mT, alpha=-1))
+    inverse = torch.zeros_like(matrix)
+    inverse[:, :half, :half] = first
+    inverse[:, half:, half:] = second
+    inverse[:, half:, :half] = -(second @ (below @ first))
+    return inverse
 
 
-def iterate(right, k, log_decay, start, ridge, **how):
+def _by_conjugate_gradients(systems: _Systems, right: Tensor, *, steps: int, tolerance: float) -> Tensor:
+    k, log_decay, start, ridge, _ = systems
     decay = ChunkDecay(log_decay)
     left = decay.since_start(torch.ones_like(k[..., :1]))
-    mask = torch.ones(k.shape[1], k.shape[1], dtype=k.dtype).tril() if log_decay is None else decay.matrix
-    diagonal = mask @ k.square() + left * start.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
-    if ridge is not None:
-        diagonal += ridge
+    between = torch.ones_like(k @ k.mT).tril() if log_decay is None else decay.matrix
+    stays = torch.zeros_like(start[:, :1]) if ridge is None else ridge
 
-    def multiply(p):
-        out = (p @ start).mul_(left)
-        if ridge is not None:
-            out.addcmul_(p, ridge)
-        return torch.baddbmm(out, (p @ k.mT).mul_(mask), k)
+    # Jacobi's preconditioner, one for all tokens of a chunk: as a change of units it costs nothing a step.
+    diagonal = left * start.diagonal(dim1=-2, dim2=-1).unsqueeze(1) + between @ k.square() + stays
+    unit = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(k.dtype).tiny).rsqrt()
+    k, start, stays = unit * k, unit.mT * start * unit, unit * stays * unit
 
-    return conjugate_gradients(multiply, right, diagonal, **how)
+    def multiply(x: Tensor) -> Tensor:
+        image = (stays * x).baddbmm_(left * x, start)
+        return image.baddbmm_((x @ k.mT).mul_(between), k)
+
+    return unit * conjugate_gradients(multiply, unit * right, steps=steps, tolerance=tolerance)

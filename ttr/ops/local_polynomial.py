@@ -322,7 +322,7 @@ def _quadratic(
         )
     assert ridge is not None
     row, column = torch.triu_indices(key, key, device=q.device)
-    norm = torch.where(row == column, 1.0, 2**0.5).double()
+    norm = torch.full(row.shape, 2**0.5, dtype=torch.float64, device=q.device).masked_fill_(row == column, 1)
     penalty = torch.diag_embed(ridge.double()[:, None].expand(heads, monomials))[:, None]
 
     def fit(q_and_target: Tensor, factors: Tensor, k: Tensor, v: Tensor) -> Tensor:

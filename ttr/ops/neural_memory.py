@@ -134,34 +134,33 @@ def neural_memory(
     Sun et al. (2024), eq. 1 and section 2.4–2.5; Behrouz et al. (2025, Titans), eq. 13–14 (there the gradient is taken
     before the decay); Behrouz et al. (2025, Miras), eq. 24–27; Behrouz et al. (2025, ATLAS), eq. 32–33.
     """
-    given = {"step_size": step_size, "log_decay": log_decay, "log_momentum": log_momentum, "weight": weight}
-    per_token = {name: x for name, x in (given | {"threshold": threshold}).items() if x is not None}
-    if window > 1:
-        # Pairs before the first are there, and weigh nothing.
-        per_token.setdefault("weight", torch.ones_like(step_size))
-    _check(
-        q,
-        k,
-        v,
-        weights,
-        norm,
-        per_token,
-        initial_state,
+    _check_choices(
         loss=loss,
         power=power,
+        threshold=threshold,
         retention=retention,
         retention_norm=retention_norm,
         batch=batch,
         average=average,
         window=window,
         orthogonalize=orthogonalize,
+        log_momentum=log_momentum,
     )
     check_chunk_size(chunk_size)
+    if not weights:
+        raise ValueError("weights: expected at least one matrix, got none")
+    if window > 1 and weight is None:
+        weight = torch.ones_like(step_size)  # the pairs before the first are there, and weigh nothing
+    given = {"q": q, "k": k, "v": v, "step_size": step_size, "log_decay": log_decay, "log_momentum": log_momentum}
+    given |= {"weight": weight, "threshold": threshold}
+    tokens = {name: x for name, x in given.items() if x is not None}
+    may_vanish = retention != "lq_printed" or retention_norm <= 2
+    _check_tensors(tokens, weights, norm, initial_state, batch=batch, window=window, may_vanish=may_vanish)
 
     dtype = state_dtype(v)
-    tokens = {name: x.movedim(1, 2).to(dtype) for name, x in ({"k": k, "v": v} | per_token).items()}
+    tokens = {name: x.movedim(1, 2).to(dtype) for name, x in tokens.items()}
+    q = tokens.pop("q")
     memory, started = _begin(tokens, weights, window, initial_state, momentum=log_momentum is not None)
-    q = q.movedim(1, 2).to(dtype)
     waiting = started["k"].shape[2]
     if waiting:
         tokens = {name: torch.cat([started[name], x], dim=2) for name, x in tokens.items()}
@@ -267,8 +266,8 @@ def _by_products(rule: _Rule, c: _Coefficients, tokens: Tokens, memory: _Memory)
         def layer(
             x: Tensor, old: Tensor = old, push: Tensor | None = push, entering: Tensor = entering, back: Tensor = back
         ) -> Tensor:
-            y = c.kept * (x @ old) + (reads * (x @ entering.mT)) @ back
-            return y if push is None else y + c.reach * (x @ push)
+            y = (c.kept * x) @ old + (reads * (x @ entering.mT)) @ back
+            return y if push is None else y + (c.reach * x) @ push
 
         layers.append(layer)
         new = c.kept[..., -1:, :] * old + (reads[..., -1:, :] * entering.mT) @ back
@@ -364,63 +363,23 @@ def _end(memory: _Memory, started: Tokens, batch: int) -> dict[str, Tensor]:
     return state | ({f"started.{name}": x.movedim(2, 1) for name, x in started.items()} if batch > 1 else {})
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Sequence[Tensor],
-    norm: tuple[Tensor, Tensor] | None,
-    per_token: Tokens,
-    state: Mapping[str, Tensor] | None,
+def _check_choices(
     *,
     loss: str,
     power: float,
+    threshold: Tensor | None,
     retention: str,
     retention_norm: float,
     batch: int,
     average: bool,
     window: int,
     orthogonalize: int,
+    log_momentum: Tensor | None,
 ) -> None:
-    if not weights:
-        raise ValueError("weights: expected at least one matrix, got none")
-    sides = ["key", *(f"hidden_{depth}" for depth in range(1, len(weights))), "value"]
-    layers = {f"w{depth}": f"heads {sides[depth - 1]} {sides[depth]}" for depth, _ in enumerate(weights, 1)}
-    pairs = {"k": "batch time heads key", "v": "batch time heads value"}
-    pairs |= dict.fromkeys(per_token, "batch time heads")
-    scale, shift = norm or (None, None)
-    expected = {name: f"batch {axes}" for name, axes in layers.items()}
-    if "log_momentum" in per_token:
-        expected |= {f"momentum.{name}": axes for name, axes in expected.items()}
-    if window > 1:
-        expected |= {
-            f"window.{n}": pairs[n].replace("time", "earlier") for n in PAIR if n in per_token | {"k": k, "v": v}
-        }
-    if batch > 1:
-        expected |= {f"started.{name}": axes.replace("time", "started") for name, axes in pairs.items()}
-    if state is not None and set(state) != set(expected):
-        raise ValueError(f"initial_state: expected {', '.join(expected)}, got {', '.join(state)}")
-    sizes = check_shapes(
-        q=(q, "batch time heads key"),
-        k=(k, pairs["k"]),
-        v=(v, pairs["v"]),
-        **{name: (x, pairs[name]) for name, x in per_token.items()},
-        **{name: (x, axes) for (name, axes), x in zip(layers.items(), weights, strict=True)},
-        norm_scale=(scale, "heads value"),
-        norm_shift=(shift, "heads value"),
-        **{f"initial_state[{name!r}]": (x, expected[name]) for name, x in (state or {}).items()},
-    )
-    for axis, least, most in (("earlier", window - 1, window - 1), ("started", 0, batch - 1)):
-        if not least <= sizes.get(axis, least) <= most:
-            raise ValueError(f"initial_state: expected from {least} to {most} {axis} tokens, got {sizes[axis]}")
-
-    ranges = {"step_size": {"low": 0.0}, "weight": {"low": 0.0}, "threshold": {"low": 0.0}}
-    for name, x in per_token.items():
-        check_range(name, x, **ranges.get(name, {"high": 0.0}))
     for name, value, known in (("loss", loss, _networks.INFLUENCES), ("retention", retention, _networks.MIRRORS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    if (loss == "huber") != ("threshold" in per_token):
+    if (loss == "huber") != (threshold is not None):
         raise ValueError(f"threshold: expected with the Huber loss and no other, got loss={loss!r}")
     for name, number, valid, wanted in (
         ("power", power, 1 <= power < math.inf, "a finite number of at least 1"),
@@ -428,10 +387,50 @@ def _check(
         ("batch", batch, batch >= 1, "at least 1"),
         ("window", window, window >= 1, "at least 1"),
         ("orthogonalize", orthogonalize, orthogonalize >= 0, "at least 0"),
-        ("average", average, not (average and "log_momentum" in per_token), "False with a log_momentum"),
+        ("average", average, not average or log_momentum is None, "False with a log_momentum"),
     ):
         if not valid:
             raise ValueError(f"{name}: expected {wanted}, got {number}")
-    if retention == "lq_printed" and retention_norm > 2:
+
+
+def _check_tensors(
+    tokens: Tokens,
+    weights: Sequence[Tensor],
+    norm: tuple[Tensor, Tensor] | None,
+    state: Mapping[str, Tensor] | None,
+    *,
+    batch: int,
+    window: int,
+    may_vanish: bool,
+) -> None:
+    sides = ["key", *(f"hidden_{depth}" for depth in range(1, len(weights))), "value"]
+    layers = {f"w{depth}": f"heads {sides[depth - 1]} {sides[depth]}" for depth, _ in enumerate(weights, 1)}
+    axes = dict.fromkeys(tokens, "batch time heads") | dict.fromkeys("qk", "batch time heads key")
+    axes["v"] = "batch time heads value"
+    scale, shift = norm or (None, None)
+    own = {name: f"batch {shape}" for name, shape in layers.items()}
+    if "log_momentum" in tokens:
+        own |= {f"momentum.{name}": shape for name, shape in own.items()}
+    if window > 1:
+        own |= {f"window.{name}": axes[name].replace("time", "earlier") for name in PAIR if name in tokens}
+    if batch > 1:
+        own |= {f"started.{name}": axes[name].replace("time", "started") for name in tokens if name != "q"}
+    if state is not None and set(state) != set(own):
+        raise ValueError(f"initial_state: expected {', '.join(own)}, got {', '.join(state)}")
+    sizes = check_shapes(
+        **{name: (x, axes[name]) for name, x in tokens.items()},
+        **{name: (x, layers[name]) for name, x in zip(layers, weights, strict=True)},
+        norm_scale=(scale, "heads value"),
+        norm_shift=(shift, "heads value"),
+        **{f"initial_state[{name!r}]": (x, own[name]) for name, x in (state or {}).items()},
+    )
+    for axis, least, most in (("earlier", window - 1, window - 1), ("started", 0, batch - 1)):
+        if not least <= (size := sizes.get(axis, least)) <= most:
+            raise ValueError(f"initial_state: expected from {least} to {most} {axis} tokens, got {size}")
+    for name in ("step_size", "weight", "threshold"):
+        check_range(name, tokens.get(name), low=0.0)
+    for name in ("log_decay", "log_momentum"):
+        check_range(name, tokens.get(name), high=0.0)
+    if not may_vanish:
         for name, x in zip(layers, weights, strict=True):
             check_range(f"norm of {name}", x.detach().norm(dim=(-2, -1)), low=0.0, open_low=True)
