@@ -1,5 +1,6 @@
 # make setup | book | test | lint | bench | clean     each target does its own set-up, in .venv
 # DEVICE=cuda SCALE=full make book                    the chapters at full size on a GPU
+# make bench BENCH="-k delta --length 4096"           a slice of the benchmarks
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -36,8 +37,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# All of it on the CPU, some ten minutes; the record takes the old one's place when it is whole. A slice stays in _build.
 bench: $(READY)
-	$(BIN)/python benchmarks/ops.py --device $(DEVICE)
+	mkdir -p _build
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --benchmark-json=_build/ops.cpu.json $(BENCH)
+	$(if $(BENCH),,mv _build/ops.cpu.json benchmarks/results/)
 
 clean:
 	rm -rf _build notebooks/*.ipynb .mypy_cache .pytest_cache .ruff_cache

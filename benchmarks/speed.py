@@ -1,28 +1,27 @@
 """One run that measures everything side by side: `make bench`, or a slice of it: `make bench BENCH="-k delta"`.
 
-Each op's float32 answers are first held to float64 ones: an op that is wrong has no speed. Ops stand next to each other
-at each length, so that what is compared was measured at nearly the same moment.
+Each op's float32 answers are first held to float64 ones: an op that is wrong has no speed. All rows or none make a
+record, and a slice is not one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import ttr
-from benchmarks.cases import DIM, OPS, Case
+from benchmarks.cases import DIM, HEADS, OPS, Case
 from benchmarks.memory import Measure
+from tests.sampling import piece, relative_error, sample
 
-LARGEST_ERROR = {"forward": 1e-4, "forward+backward": 1e-3}
-STEP_HEADS = 8
+LARGEST_ERROR = 1e-3
 SQUARE = 2048
+STEP = {"batch": 1, "heads": 8, "key": DIM, "value": DIM}
 
-CASES = [Case(op, "forward", time) for op in OPS for time in op.forward]
-CASES += [Case(op, "forward+backward", time) for op in OPS for time in op.backward]
 # Memories that an update of fixed size carries on, and whose state is all that they know of the past.
 STREAMING = [
     slug
@@ -32,9 +31,11 @@ STREAMING = [
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ops stand next to each other at each length: what is compared was measured at nearly the same moment."""
     if "case" in metafunc.fixturenames:
-        lengths = metafunc.config.getoption("length")
-        cases = [case for case in CASES if not lengths or case.time in lengths]
+        only = tuple(metafunc.config.getoption("length"))
+        cases = [Case(op, "forward", time) for op in OPS for time in only or op.forward]
+        cases += [Case(op, "forward+backward", time) for op in OPS if op.backward for time in only or op.backward]
         cases.sort(key=lambda case: (case.time, case.direction))
         metafunc.parametrize("case", cases, ids=str)
 
@@ -42,16 +43,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_matrix_product(benchmark: Any) -> None:
     a = torch.randn(SQUARE, SQUARE, generator=torch.Generator().manual_seed(0))
     error = relative_error(a @ a, a.double() @ a.double())
-    assert error < LARGEST_ERROR["forward"]
-    benchmark.extra_info.update(kind="matrix_product", flops=2 * SQUARE**3, error=error)
+    assert error < LARGEST_ERROR
+    benchmark.extra_info.update(kind="matrix_product", error=error, flops=2 * SQUARE**3)
     benchmark(torch.matmul, a, a)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("design", STREAMING)
+def test_step(design: str, benchmark: Any) -> None:
+    """One token, from the state that another left."""
+
+    def step(dtype: torch.dtype) -> Callable[[], Tensor]:
+        tokens = sample(ttr.atlas[design], time=2, dtype=dtype, **STEP)
+        first, second = (piece(ttr.atlas[design], tokens, time, time + 1) for time in (0, 1))
+        _, state = regress(ttr.atlas[design], first)
+        return lambda: regress(ttr.atlas[design], second, state)[0]
+
+    single = step(torch.float32)
+    error = relative_error(single(), step(torch.float64)())
+    assert error < LARGEST_ERROR
+    benchmark.extra_info.update(kind="step", design=design, error=error)
+    benchmark(single)
 
 
 def test_op(case: Case, benchmark: Any, peak_growth: Measure) -> None:
     error = case.error()
-    assert error < LARGEST_ERROR[case.direction]
+    assert error < LARGEST_ERROR
     op = case.op
-    flops = None if op.flops is None or case.direction != "forward" else op.batch * HEADS * op.flops(case.time)
+    flops = op.flops if case.direction == "forward" else None
     benchmark.extra_info.update(
         kind="op",
         op=op.name,
@@ -59,9 +78,13 @@ def test_op(case: Case, benchmark: Any, peak_growth: Measure) -> None:
         batch=op.batch,
         direction=case.direction,
         time=case.time,
-        flops=flops,
         error=error,
+        flops=flops and op.batch * HEADS * flops(case.time),
         peak_bytes=peak_growth(case),
     )
-    x = case.tensors()
-    benchmark(case.compute, x)
+    benchmark(case.compute, case.tensors())
+
+
+def regress(design: ttr.Design, tokens: tuple, state: ttr.State | None = None) -> tuple[Tensor, ttr.State]:
+    q, k, v, inputs = tokens
+    return ttr.regress(design, q, k, v, state=state, **inputs)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ttr import Design, GradientDescent
+from ttr._choices import Network
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 5, 4
 
@@ -23,9 +24,11 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """q, k (of unit norm), v and the inputs that the design declares, each inside its range.
 
-    A design that reads its channels in pairs gets one channel more where `key` is odd.
+    A design that reads its channels in pairs gets one channel more where `key` is odd; one that adds keys to values
+    gets values of their size.
     """
     key += key % 2 if "frequency" in design.inputs else 0
+    value = key if isinstance(design.regressor, Network) else value
     generator = torch.Generator().manual_seed(seed)
     steps = design.optimizer.steps if isinstance(design.optimizer, GradientDescent) else 1
     pairs = (steps,) if steps > 1 else ()
@@ -38,11 +41,15 @@ def sample(
     v = normal(batch, time, *pairs, heads, value)
     features = design.feature_map.size(key)
     sizes = {"batch": batch, "time": time, "steps": steps, "heads": heads, "key": features, "pair": features // 2}
+    sizes |= {"value": value} | design.regressor.sizes(value)
     inputs = {}
     for name, axes in design.inputs.items():
         shape = [sizes[axis] for axis in axes.split()]
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-        inputs[name] = (-uniform if name.startswith("log_") else uniform + 0.1).to(dtype)
+        if name in ("w1", "w2", "key_logits", "query_logits"):
+            inputs[name] = normal(*shape)
+        else:
+            inputs[name] = (-uniform if name.startswith("log_") else uniform + 0.1).to(dtype)
     return q, k, v, inputs
 
 

@@ -31,6 +31,7 @@ from ttr import (
     Window,
 )
 from ttr._design import CLASHES
+from ttr._references import bibtex
 
 CELLS = list(ttr.atlas.cells())
 
@@ -175,6 +176,29 @@ def test_the_atlas() -> None:
     named = {design.name for design in CELLS} - {None}
     assert named == {ttr.atlas.row(slug).publication.name for slug in ttr.atlas}
     assert sum(design.name is None for design in CELLS) > 100
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_design_is_identified_by_its_kind_and_its_neighbours() -> None:
+    windowed = Design(Kernel() * Window(7), LocalPolynomial(0), Exact())
+    assert ttr.identify(windowed).publication.slug == "sliding_window_attention"
+    robust = ttr.identify(Design(Decay(), optimizer=GradientDescent(), loss=Huber()))
+    assert robust.publication is None
+    assert robust.nearest["gated_delta_net"] == ("loss",)
+    assert "gated_delta_net: another loss" in str(robust)
+    assert "Gated DeltaNet where the threshold grows without bound" in str(robust)
+    # Nearest by the closest of the forms that go by a name: DeltaProduct with a decay, not without.
+    assert ttr.identify(Design(Decay(), optimizer=GradientDescent(NLMS()))).nearest["delta_product"] == ("optimizer",)
+    with pytest.raises(ValueError, match="design: expected a Design"):
+        ttr.identify("gla")
+
+
+def test_a_layer_outside_the_framework_says_why() -> None:
+    orchid = ttr.atlas.baselines["orchid"]
+    assert hasattr(ttr.layers, orchid.layer)
+    assert "nothing is fitted" in orchid.why
+    assert "Orchid" in str(ttr.atlas.table())
+    assert bibtex((orchid.publication.cite,)).startswith("@inproceedings{karami2024orchid")
 
 
 def test_feature_maps_are_the_kernels_they_claim() -> None:

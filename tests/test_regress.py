@@ -285,3 +285,32 @@ def test_a_normalised_memory_without_weights_answers_zero() -> None:
     q, k, v = torch.randn(3, 1, 6, 1, 64, generator=torch.Generator().manual_seed(0))
     y, _ = ttr.regress(ttr.atlas["performer"], 9 * q, 9 * k, v)  # every feature underflows
     assert y.eq(0).all()
+
+
+def _zero_keys(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q, torch.zeros_like(k), v
+
+
+def _one_key(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q, k[:, :1].expand_as(k), v
+
+
+def _one_value(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q, k, v[:, :1].expand_as(v)
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.zeros_like(x) for x in (q, k, v))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("degenerate", [_zero_keys, _one_key, _one_value, _nothing])
+@pytest.mark.parametrize("slug", list(ttr.atlas))
+def test_degenerate_sequences_are_answered_and_differentiated(slug: str, degenerate: object) -> None:
+    design = ttr.atlas[slug]
+    *qkv, inputs = sample(design, 9)
+    tensors = [x.detach().clone().requires_grad_() for x in degenerate(*qkv)]  # type: ignore[operator]
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y, _ = ttr.regress(design, *tensors, **leaves)
+    assert relative_error(y, ttr.oracle.regress(design, *tensors, **leaves)[0]) <= 1e-8
+    gradients = torch.autograd.grad(y.sum(), [*tensors, *leaves.values()], allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)

@@ -3,8 +3,10 @@
 from ttr import layers, models, ops, oracle
 from ttr._atlas import atlas, identify
 from ttr._choices import (
+    KL,
     L2,
     LMS,
+    MLP,
     NLMS,
     ComplexDecay,
     ContinuousDecay,
@@ -26,6 +28,11 @@ from ttr._choices import (
     LocalPolynomial,
     Loss,
     Lp,
+    Lq,
+    Mixture,
+    Muon,
+    NormalizedLinear,
+    OnlineEM,
     PositiveRandom,
     Probe,
     Quadratic,
@@ -43,8 +50,10 @@ from ttr._state import State
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
     "L2",
     "LMS",
+    "MLP",
     "NLMS",
     "ComplexDecay",
     "ContinuousDecay",
@@ -67,6 +76,11 @@ __all__ = [
     "LocalPolynomial",
     "Loss",
     "Lp",
+    "Lq",
+    "Mixture",
+    "Muon",
+    "NormalizedLinear",
+    "OnlineEM",
     "PositiveRandom",
     "Probe",
     "Quadratic",

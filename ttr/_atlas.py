@@ -10,6 +10,9 @@ from itertools import product
 from typing import Any
 
 from ttr._choices import (
+    KL,
+    L2,
+    MLP,
     NLMS,
     Choice,
     ComplexDecay,
@@ -27,8 +30,15 @@ from ttr._choices import (
     Kernel,
     Linear,
     LocalPolynomial,
+    Lp,
+    Lq,
+    Mixture,
+    Muon,
+    NormalizedLinear,
+    OnlineEM,
     PositiveRandom,
     Probe,
+    Quadratic,
     SquaredError,
     Taylor,
     Uniform,
@@ -59,6 +69,7 @@ def _row(slug: str, name: str, year: int, cite: str, design: Design, *also: Desi
 _normalized = Hebbian(normalize=True)
 _elu, _random, _taylor = Linear(EluPlusOne()), Linear(PositiveRandom()), Linear(Taylor())
 _channel = Decay(per="channel")
+_mini_batches = GradientDescent(batch=16, average=True)
 _constant, _slope, _curve = (LocalPolynomial(degree) for degree in range(3))
 
 ROWS = (
@@ -133,6 +144,21 @@ ROWS = (
         "local_quadratic_attention", "Local quadratic attention", 2025, "wang2025testtime",
         Design(Kernel(), _curve, Exact()),
     ),
+    _row("ttt_linear", "TTT-Linear", 2024, "sun2024learning", Design(Uniform(), NormalizedLinear(), _mini_batches)),
+    _row("ttt_mlp", "TTT-MLP", 2024, "sun2024learning", Design(Uniform(), MLP(), _mini_batches)),
+    _row(
+        "titans", "Titans", 2025, "behrouz2025titans",
+        Design(Decay(), MLP(), GradientDescent(momentum=True)),
+        Design(Decay(), NormalizedLinear(), GradientDescent(momentum=True)),
+    ),
+    _row("moneta", "Moneta", 2025, "behrouz2025miras", Design(Decay(), MLP(), GradientDescent(), Lp(3.0), Lq())),
+    _row("yaad", "Yaad", 2025, "behrouz2025miras", Design(Decay(), MLP(), GradientDescent(), Huber(None))),
+    _row("memora", "Memora", 2025, "behrouz2025miras", Design(Decay(), MLP(), GradientDescent(), retention=KL())),
+    _row(
+        "atlas_memory", "ATLAS", 2025, "behrouz2025atlas",
+        Design(Decay() * InputGate(), MLP(Quadratic()), Muon()), Design(Decay(), MLP(Quadratic()), Muon()),
+    ),
+    _row("swila", "SwiLA", 2026, "lee2026switching", Design(Decay(), Mixture(), OnlineEM())),
     _row("parallax", "Parallax", 2026, "zuo2026parallax", Design(Kernel(), _slope, Probe())),
 )  # fmt: skip
 
@@ -165,15 +191,17 @@ CELLS: dict[str, tuple[Choice, ...]] = {
         Kernel(), Kernel(Gaussian()), Kernel() * Decay(), Kernel() * Window(64),
     ),
     "regressor": (
-        Linear(), _elu, _random, _taylor, _constant, _slope, _curve,
+        Linear(), _elu, _random, _taylor,
+        _constant, _slope, _curve, NormalizedLinear(), MLP(), Mixture(),
     ),
     "optimizer": (
         Hebbian(), _normalized, Hebbian(normalize=True, floor=1.0),
         GradientDescent(), GradientDescent(NLMS()), GradientDescent(Implicit()),
         GradientDescent(DiagonalNewton()), GradientDescent(momentum=True), GradientDescent(steps=2), Exact(),
-        Exact(ridge_decays=False), Probe(),
+        Exact(ridge_decays=False), Probe(), _mini_batches, Muon(), OnlineEM(),
     ),
-    "loss": (SquaredError(), Huber()),
+    "loss": (SquaredError(), Huber(), Huber(None), Lp(3.0)),
+    "retention": (L2(), Lq(), KL()),
 }  # fmt: skip
 
 

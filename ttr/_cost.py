@@ -51,7 +51,6 @@ class Cost(NamedTuple):
         """The three as numbers."""
         return tuple(None if x is None else float(x.subs(sizes)) for x in self)
 
-
     def as_text(self) -> dict[str, str]:
         """The three as one writes them, 4Td² and not 4*T*d**2, by name; a dash for None."""
         texts = {}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ttr._choices import (
     L2,
+    LMS,
     Choice,
     ComplexDecay,
     Decay,
@@ -22,12 +23,15 @@ from ttr._choices import (
     Gain,
     GradientDescent,
     Hebbian,
-    Identity,
     Implicit,
     Kernel,
     Linear,
     LocalPolynomial,
     Loss,
+    Mixture,
+    Muon,
+    Network,
+    OnlineEM,
     Optimizer,
     Probe,
     Regressor,
@@ -44,7 +48,7 @@ from ttr._update_rule import update_rule
 
 FRAMEWORK = "wang2025testtime"
 
-STREAMING = (Hebbian, GradientDescent)
+STREAMING = (Hebbian, GradientDescent, Muon, OnlineEM)
 
 
 class Clash(NamedTuple):
@@ -115,8 +119,8 @@ class Design:
 
     @property
     def feature_map(self) -> FeatureMap:
-        """The feature map of a linear regressor; the identity for the others."""
-        return self.regressor.feature_map if isinstance(self.regressor, Linear) else Identity()
+        """What the fitted part of the regressor sees of a key."""
+        return self.regressor.feature_map
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -125,7 +129,15 @@ class Design:
         `key` is the number of features where the feature map changes it.
         """
         ridge = self.regressor.ridge if isinstance(self.optimizer, Exact) else None
-        return self.weights.inputs | self.optimizer.inputs | ({"ridge": ridge} if ridge else {})
+        of_choices = {name: axes for choice in self.choices for name, axes in choice.inputs.items()}
+        return of_choices | ({"ridge": ridge} if ridge else {})
+
+    @property
+    def descends_networks(self) -> bool:
+        """Whether its memory is what `ttr.ops.neural_memory` descends: a network, or a linear map learned like one."""
+        optimizer = self.optimizer
+        in_batches = isinstance(optimizer, GradientDescent) and optimizer.batch > 1
+        return isinstance(self.regressor, Network) or isinstance(optimizer, Muon) or in_batches
 
     def update_rule(self) -> str:
         """How the memory is written and read at step t, in LaTeX (an `aligned` block)."""
@@ -175,6 +187,10 @@ def _weighs_by(design: Design, kind: type[Weights]) -> bool:
     return any(isinstance(factor, kind) for factor in design.weights.factors)
 
 
+def _per_channel(design: Design) -> bool:
+    return any(isinstance(factor, Decay) and factor.per == "channel" for factor in design.weights.factors)
+
+
 def _normalizes(design: Design) -> bool:
     return isinstance(design.optimizer, Hebbian) and design.optimizer.normalize
 
@@ -187,7 +203,7 @@ CLASHES = (
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: isinstance(d.optimizer, GradientDescent) and _weighs_by(d, Window),
+        lambda d: isinstance(d.optimizer, (GradientDescent, Muon, OnlineEM)) and _weighs_by(d, Window),
         "each step sees the newest pair only, so no pair can leave a window; use Decay(), Hebbian() or Exact()",
     ),
     Clash(
@@ -217,10 +233,7 @@ CLASHES = (
     ),
     Clash(
         ("weights", "regressor"),
-        lambda d: (
-            isinstance(d.regressor, LocalPolynomial)
-            and any(isinstance(factor, Decay) and factor.per == "channel" for factor in d.weights.factors)
-        ),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and _per_channel(d),
         "a local fit weighs pairs and not their channels; use Decay(per='head')",
     ),
     Clash(
@@ -230,8 +243,42 @@ CLASHES = (
     ),
     Clash(
         ("optimizer", "loss"),
-        lambda d: not isinstance(d.optimizer, GradientDescent) and not isinstance(d.loss, SquaredError),
+        lambda d: not isinstance(d.optimizer, (GradientDescent, Muon)) and not isinstance(d.loss, SquaredError),
         "this optimizer is derived from the squared error; use GradientDescent()",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: isinstance(d.regressor, Network) and not isinstance(d.optimizer, (GradientDescent, Muon)),
+        "a network has no closed form; use GradientDescent() or Muon()",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: isinstance(d.regressor, Mixture) != isinstance(d.optimizer, OnlineEM),
+        "shares of an error are for mixtures, and mixtures are learned by them; use Mixture() with OnlineEM()",
+    ),
+    Clash(
+        ("regressor", "optimizer"),
+        lambda d: (
+            d.descends_networks
+            and isinstance(d.optimizer, GradientDescent)
+            and (d.optimizer.gain != LMS() or d.optimizer.steps > 1)
+        ),
+        "this step is that of a linear map, one pair at a time; use GradientDescent(LMS()) with one step a token",
+    ),
+    Clash(
+        ("weights", "optimizer"),
+        lambda d: (d.descends_networks or isinstance(d.optimizer, OnlineEM)) and _per_channel(d),
+        "a step is weighed as a whole, and not by channel; use Decay(per='head')",
+    ),
+    Clash(
+        ("optimizer", "optimizer"),
+        lambda d: isinstance(d.optimizer, GradientDescent) and d.optimizer.average and d.optimizer.momentum,
+        "a mean of the steps so far and steps that go on are two ways to smooth; use one",
+    ),
+    Clash(
+        ("regressor", "retention"),
+        lambda d: not isinstance(d.retention, L2) and not isinstance(d.regressor, Network),
+        "it is a geometry of a network's weights, which do not begin at zero; use MLP()",
     ),
     Clash(
         ("optimizer", "loss"),

@@ -18,6 +18,8 @@ from ttr._choices import (
     Identity,
     InputGate,
     Kernel,
+    Network,
+    OnlineEM,
     Uniform,
     Weights,
     Window,
@@ -29,14 +31,21 @@ from ttr.ops._check import check_range, check_shapes
 RANGES: dict[str, dict[str, Any]] = {
     "frequency": {},
     "input_gate": {"low": 0.0},
+    "key_logits": {},
     "log_decay": {"high": 0.0},
     "log_input_gate": {},
     "log_momentum": {"high": 0.0},
+    "norm_scale": {},
+    "norm_shift": {},
     "probe": {},
+    "query_logits": {},
     "rate": {"low": 0.0},
     "ridge": {"low": 0.0, "open_low": True},
     "step_size": {"low": 0.0},
+    "threshold": {"low": 0.0},
     "time_step": {"low": 0.0},
+    "w1": {},
+    "w2": {},
 }
 
 OF_THE_QUERY = ("probe",)
@@ -79,6 +88,13 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
         check_shapes(**{name: (tensors[name], axes[name]) for name in "qkv"})
         tensors |= {"q": feature_map(q), "k": feature_map(k)}
     sizes = check_shapes(**{name: (x, axes[name]) for name, x in tensors.items()})
+    if isinstance(design.regressor, Network) and k.shape[-1] != v.shape[-1]:
+        raise ValueError(
+            f"v: expected values of the keys' size {k.shape[-1]}, to which they are added, got {v.shape[-1]}"
+        )
+    for axis, size in design.regressor.sizes(v.shape[-1]).items():
+        if sizes[axis] != size:
+            raise ValueError(f"{axis}: expected {size} for {design.regressor}, got {sizes[axis]}")
     if sizes.get("steps", 1) != steps:
         raise ValueError(f"k: expected {steps} steps a token, got {sizes['steps']}")
     if sizes.get("pair", sizes["key"] / 2) != sizes["key"] / 2:
@@ -100,6 +116,8 @@ def check_state(design: Design, state: State | None, axes: Mapping[str, str], te
     if not isinstance(state, State):
         raise ValueError(f"state: expected what an earlier call returned, got {state!r}")
     given = {name: x for name, x in vars(state).items() if name != "history" and x is not None}
+    if "network" in given and "network" in axes:
+        return state  # of whatever form; the op knows which
     given |= {f"history[{name!r}]": x for name, x in state.history.items()}
     unused = [name for name in given if name not in axes]
     if unused or (state.history and set(given) != set(axes)):
@@ -117,6 +135,10 @@ def check_state(design: Design, state: State | None, axes: Mapping[str, str], te
 def streaming_axes(design: Design) -> dict[str, str]:
     """The fields of the state of a memory that needs no history, and their axes."""
     optimizer = design.optimizer
+    if design.descends_networks:
+        return {"network": ""}
+    if isinstance(optimizer, OnlineEM):
+        return {"memory": "batch heads maps key value"}
     normalized = isinstance(optimizer, Hebbian) and optimizer.normalize
     axes = {"memory": "batch heads key value" if not normalized else "batch heads key value_and_one"}
     if normalized and "log_input_gate" in design.inputs:

@@ -267,6 +267,12 @@ def _many_features(call: Call, becomes: Design) -> Near:
     return Near(close, close.of(becomes))
 
 
+def _wide_threshold(call: Call, becomes: Design) -> Near:
+    if "threshold" in call.inputs:
+        return _set(drop="threshold", threshold=FAR)(call, becomes)
+    return _set(lambda d: replace(d, loss=Huber(FAR)))(call, becomes)
+
+
 def _bandwidth(design: Design) -> Design:
     similarity = next(factor.similarity for factor in design.weights.factors if isinstance(factor, Kernel))
     return _with_weights(design, Kernel, Kernel(similarity, FAR))
@@ -448,7 +454,7 @@ ROWS = (
     _Row(
         "the threshold grows without bound",
         lambda d: replace(d, loss=SquaredError()) if isinstance(d.loss, Huber) else None,
-        _set(lambda d: replace(d, loss=Huber(FAR))),
+        _wide_threshold,
     ),
     _Row(
         "the power is two",

@@ -49,6 +49,12 @@ def _network(design: Design, tensors: Prepared, state: State) -> tuple[Tensor, S
     before = {name: tokens[name].new_zeros(k.shape[0], window - 1, *tokens[name].shape[2:]) for name in pair}
     before = {name: earlier.get(f"window.{name}", x) for name, x in before.items()}
 
+    expected = [*accumulated, *(f"momentum.{name}" for name in momentum if has_momentum)]
+    expected += [f"window.{name}" for name in before if window > 1]
+    expected += [f"started.{name}" for name in tokens if batch > 1]
+    if earlier and set(earlier) != set(expected):
+        raise ValueError(f"state: expected a network of {', '.join(expected)}, got {', '.join(earlier)}")
+
     outputs: list[Tensor] = []
     for t in range(tokens["k"].shape[1] + 1):
         if t % batch == 0:
@@ -61,10 +67,10 @@ def _network(design: Design, tensors: Prepared, state: State) -> tuple[Tensor, S
         now = {name: x[:, t] for name, x in tokens.items()}
         pairs = {name: torch.cat([x, now[name].unsqueeze(1)], dim=1) for name, x in before.items()}
         before = {name: x[:, 1:] for name, x in pairs.items()}
-        decay, keep, size = (
-            1.0 if x is None else x[..., None, None]
-            for x in (_exp(now, "log_decay"), _exp(now, "log_momentum"), now["step_size"])
+        decay, keep = (
+            now[name].exp()[..., None, None] if name in now else 1.0 for name in ("log_decay", "log_momentum")
         )
+        size = now["step_size"][..., None, None]
         left = {name: decay * x for name, x in left.items()}
 
         def objective(weights: Named, pairs: Named = pairs) -> Tensor:
@@ -104,10 +110,6 @@ def _tokens(design: Design, tensors: Prepared, window: int) -> tuple[Named, list
     tokens |= {name: inputs.get(name) for name in ("log_momentum", *design.loss.inputs)}
     given = {name: x for name, x in tokens.items() if x is not None}
     return given, [name for name in ("k", "v", "weight", *design.loss.inputs) if name in given]
-
-
-def _exp(now: Named, name: str) -> Tensor | None:
-    return now[name].exp() if name in now else None
 
 
 def _weighted_loss(loss: Loss, error: Tensor, pairs: Named) -> Tensor:

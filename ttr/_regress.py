@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ttr import ops, oracle
 from ttr._choices import (
+    KL,
+    L2,
     LMS,
+    MLP,
     NLMS,
     Decay,
     DiagonalNewton,
@@ -26,10 +29,18 @@ from ttr._choices import (
     Gaussian,
     GradientDescent,
     Hebbian,
+    Huber,
     Implicit,
     Kernel,
     Linear,
     LocalPolynomial,
+    Lp,
+    Lq,
+    Mixture,
+    Muon,
+    Network,
+    NormalizedLinear,
+    OnlineEM,
     SquaredError,
     Weights,
     Window,
@@ -41,6 +52,10 @@ from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size
 from ttr.ops._log_scale import divide_out_largest
 from ttr.ops._rotation import rotate
+
+LOSSES: dict[type, str] = {SquaredError: "squared", Huber: "huber", Lp: "power"}
+RETENTIONS: dict[type, str] = {L2: "l2", Lq: "lq", KL: "kl"}
+NETWORKS = (Linear, NormalizedLinear, MLP)
 
 Lowering = Callable[..., tuple[Tensor, State]]
 
@@ -113,6 +128,11 @@ def _warn_slow(design: str) -> None:
 def _lowering(design: Design) -> Lowering | None:
     optimizer, regressor, weights = design.optimizer, design.regressor, design.weights
     # Exact types: a choice of one's own that extends one of these means something else.
+    if type(regressor) is Mixture and type(optimizer) is OnlineEM:
+        return _expectation_maximisation
+    known = type(regressor) in NETWORKS and type(design.loss) in LOSSES and type(design.retention) in RETENTIONS
+    if known and (design.descends_networks or _descends_plainly(design)):
+        return _descent
     if type(design.loss) is not SquaredError:
         return None
     if type(regressor) is LocalPolynomial and not _per_channel(weights):
@@ -125,6 +145,80 @@ def _lowering(design: Design) -> Lowering | None:
     if isinstance(optimizer, GradientDescent) and type(optimizer.gain) in (LMS, NLMS, Implicit, DiagonalNewton):
         return None if optimizer.momentum and _per_channel(weights) else _error_correction
     return _least_squares if isinstance(optimizer, Exact) else None
+
+
+def _descends_plainly(design: Design) -> bool:
+    """Whether a linear map takes plain gradient steps of a loss other than the squared error."""
+    optimizer = design.optimizer
+    plain = type(optimizer) is GradientDescent and optimizer.gain == LMS() and optimizer.steps == 1
+    return plain and type(design.loss) is not SquaredError and not _per_channel(design.weights)
+
+
+def _descent(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
+    q, k, v, inputs, raw_q, raw_k = tensors
+    optimizer, regressor, loss, retention = design.optimizer, design.regressor, design.loss, design.retention
+    log_decay, importance = forgetting(design.weights, inputs, k)
+    if isinstance(regressor, Network):
+        weights, norm = [inputs[name] for name in regressor.weights], (inputs["norm_scale"], inputs["norm_shift"])
+        # The key is carried around the network, which is fitted to what it leaves of the value.
+        v = v - raw_k
+    else:
+        weights, norm = [k.new_zeros(*k.shape[-2:], v.shape[-1])], None
+    threshold = inputs.get("threshold")
+    if isinstance(loss, Huber) and loss.delta is not None:
+        threshold = torch.full_like(inputs["step_size"], loss.delta)
+    settings: dict[str, Any] = {"power": loss.p} if isinstance(loss, Lp) else {}
+    if isinstance(optimizer, Muon):
+        settings |= {"window": optimizer.window, "orthogonalize": optimizer.iterations}
+    else:
+        settings |= {"batch": optimizer.batch, "average": optimizer.average}  # type: ignore[attr-defined]
+    if isinstance(retention, Lq):
+        settings |= {"retention_norm": retention.q}
+    uses_triton(how.pop("backend"), q, missing="neural memories")
+    named = state.network
+    if state.memory is not None:
+        named = {"w1": state.memory} | ({} if state.momentum is None else {"momentum.w1": state.momentum})
+    y, named = ops.neural_memory(
+        q,
+        k,
+        v,
+        weights,
+        inputs["step_size"],
+        norm=norm,
+        log_decay=log_decay,
+        log_momentum=inputs.get("log_momentum"),
+        weight=importance,
+        loss=LOSSES[type(loss)],
+        threshold=threshold,
+        retention="lq_printed" if isinstance(retention, Lq) and retention.printed else RETENTIONS[type(retention)],
+        initial_state=named,
+        **settings,
+        **how,
+    )
+    if norm is not None:
+        y = y + raw_q
+    if design.descends_networks:
+        return y, State(network=named)
+    return y, State(memory=named["w1"], momentum=named.get("momentum.w1"))
+
+
+def _expectation_maximisation(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
+    q, k, v, inputs, *_ = tensors
+    log_decay, importance = forgetting(design.weights, inputs, k)
+    step_size = inputs["step_size"] if importance is None else importance * inputs["step_size"]
+    uses_triton(how.pop("backend"), q, missing="mixtures")
+    y, memory = ops.online_em(
+        q,
+        k,
+        v,
+        inputs["key_logits"],
+        inputs["query_logits"],
+        step_size,
+        log_decay,
+        initial_state=state.memory,
+        **how,
+    )
+    return y, State(memory=memory)
 
 
 def _per_channel(weights: Weights) -> bool:

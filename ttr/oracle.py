@@ -26,6 +26,8 @@ from ttr._choices import (
     Implicit,
     Kernel,
     LocalPolynomial,
+    Muon,
+    OnlineEM,
     Probe,
     Quadratic,
     Weights,
@@ -33,6 +35,7 @@ from ttr._choices import (
 )
 from ttr._design import Design
 from ttr._inputs import Prepared, check_state, forgetting, history_axes, pair_axes, prepare, streaming_axes
+from ttr._neural_oracle import neural
 from ttr._state import State
 from ttr.ops._chunks import state_dtype, without_autocast
 
@@ -66,8 +69,10 @@ def solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tenso
 
 def _solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tensor, State]:
     optimizer = design.optimizer
-    if design.weights.recursive and isinstance(optimizer, (GradientDescent, Hebbian)):
+    if design.weights.recursive and isinstance(optimizer, (GradientDescent, Hebbian, Muon, OnlineEM)):
         state = check_state(design, state, streaming_axes(design), tensors)
+        if design.descends_networks or isinstance(optimizer, OnlineEM):
+            return neural(design, tensors, state)
         if isinstance(optimizer, GradientDescent):
             return _gradient_descent(design, optimizer, tensors, state)
         return _hebbian(design, optimizer, tensors, state)
@@ -110,8 +115,9 @@ def _log_weights(weights: Weights, tensors: Prepared) -> Iterator[tuple[int, Ten
             continue
         log_weight = total
         if importance is not None:
-            tiny = torch.finfo(importance.dtype).tiny
-            log_weight = log_weight + importance[:, : t + 1].clamp_min(tiny).log().unsqueeze(-1)
+            weight = importance[:, : t + 1].unsqueeze(-1)
+            tiny = torch.finfo(weight.dtype).tiny
+            log_weight = log_weight + torch.where(weight > 0, weight.clamp_min(tiny).log(), -torch.inf)
         if "log_input_gate" in inputs:
             log_weight = log_weight + inputs["log_input_gate"][:, : t + 1].unsqueeze(-1)
         for factor in weights.factors:
@@ -199,7 +205,7 @@ def _probe(design: Design, tensors: Prepared) -> Tensor:
     first = k.shape[1] - q.shape[1]
     outputs = []
     for t, log_weight in _log_weights(design.weights, tensors):
-        weight = log_weight.softmax(1)
+        weight = _normalized_log(log_weight).exp()
         key, value = k[:, : t + 1], v[:, : t + 1]
         mean_key, mean_value = ((weight * x).sum(1) for x in (key, value))
         covariance = torch.einsum(
@@ -281,7 +287,7 @@ def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
     for t, log_weight in _log_weights(design.weights, tensors):
         query = q[:, t - first]
         if local:
-            log_weight = log_weight.log_softmax(dim=1)
+            log_weight = _normalized_log(log_weight)
             rows = _monomials(k[:, : t + 1] - query.unsqueeze(1), local.degree)
             root_penalty = _local_root_penalty(rows, inputs.get("ridge"))
             read = torch.zeros_like(rows[:, 0])
@@ -305,6 +311,12 @@ def _exact(design: Design, optimizer: Exact, tensors: Prepared) -> Tensor:
         padded = torch.nn.functional.pad(target, (0, 0, 0, root_penalty.shape[-1]))
         outputs.append(_read(torch.linalg.lstsq(data, padded).solution, read))
     return _stack(outputs, v)
+
+
+def _normalized_log(log_weight: Tensor) -> Tensor:
+    """The log of weights that sum to one; of none where no pair has any weight, so that the answer there is zero."""
+    nothing = log_weight.isneginf().all(1, keepdim=True)
+    return log_weight.masked_fill(nothing, 0).log_softmax(1).masked_fill(nothing, -torch.inf)
 
 
 def _estimate(weighted: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> Tensor:

@@ -22,14 +22,20 @@ UNNAMED = [
     Design(Decay(), optimizer=GradientDescent(ttr.DiagonalNewton(), momentum=True)),
     Design(regressor=ttr.Linear(ttr.Quadratic()), optimizer=GradientDescent()),
     Design(Kernel(Gaussian()), LocalPolynomial(2), Exact()),
+    Design(Decay(), ttr.MLP(), GradientDescent(momentum=True), Huber(None)),
 ]
+
+
+def is_network(design: Design | str) -> bool:
+    regressor = (ttr.atlas[design] if isinstance(design, str) else design).regressor
+    return isinstance(regressor, ttr._choices.Network)
 
 
 @pytest.mark.parametrize("design", [*ttr.atlas, *UNNAMED], ids=str)
 @pytest.mark.filterwarnings("ignore::ttr.SlowPathWarning")
 def test_every_design_is_a_layer_that_trains_and_decodes(design: Design | str) -> None:
     torch.manual_seed(0)
-    layer = RegressionLayer(design, 24, 2, key_dim=6, value_dim=4, gate=True)
+    layer = RegressionLayer(design, 24, 2, key_dim=6, value_dim=6 if is_network(design) else 4, gate=True)
     assert set(layer.inputs) == set(layer.design.inputs)
     x = torch.randn(2, 9, 24)
     y = layer(x)

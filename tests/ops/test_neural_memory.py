@@ -43,7 +43,7 @@ from ttr.ops import _networks
 from ttr.ops.neural_memory import neural_memory
 from ttr.ops.online_em import online_em
 
-KEY, MAPS, TIME = 4, 3, 11
+KEY, MAPS, TIME = 6, 3, 11
 
 
 class Case(NamedTuple):
@@ -110,16 +110,18 @@ def sample(design: Design, time: int = TIME, *, dtype: torch.dtype = torch.float
         shape = [sizes.get(axis, KEY) for axis in axes.split()]
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    # Columns of a softmax near one another would leave the layer norm next to nothing to divide by.
+    spread = 2.0 if design.retention == KL() else 0.5
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "log_decay": lambda x: -0.1 * x.abs(),
         "log_momentum": lambda x: -0.5 - x.abs(),
-        "step_size": lambda x: 0.3 * x.sigmoid(),
+        "step_size": lambda x: x.sigmoid() / KEY,
         "input_gate": torch.sigmoid,
         "threshold": lambda x: 0.5 * x.abs(),
         "norm_scale": lambda x: 1 + 0.1 * x,
         "norm_shift": lambda x: 0.1 * x,
-        "w1": lambda x: 0.7 * x,
-        "w2": lambda x: 0.7 * x,
+        "w1": lambda x: spread * x,
+        "w2": lambda x: spread * x,
     }
     tensors = {name: draw("batch time heads raw") for name in ("q", "k", "v")}
     tensors["k"] = normalize(tensors["k"], dim=-1)
@@ -300,6 +302,36 @@ def test_half_precision_inputs_keep_float32_states(dtype: torch.dtype) -> None:
     assert relative_error(y, expected) <= 4 * torch.finfo(dtype).eps
 
 
+def kept_for_the_backward_pass(function: Callable[[], Tensor]) -> int:
+    """The numbers that autograd keeps, a tensor's storage counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = function()
+    del y
+    return sum(kept.values())
+
+
+def test_no_token_has_weights_of_its_own_in_memory() -> None:
+    """Not where the weights are linear in the steps; where they are not, each token of a batch has."""
+    time, key, hidden = 64, 32, 128
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, time, 1, key, generator=generator)
+    weights = [torch.randn(1, *shape, generator=generator).requires_grad_() for shape in ((key, hidden), (hidden, key))]
+    step_size = torch.full((1, time, 1), 0.01)
+    linear, mirrored = (
+        kept_for_the_backward_pass(
+            lambda retention=retention: neural_memory(q, k, v, weights, step_size, batch=16, retention=retention)[0]
+        )
+        for retention in ("l2", "kl")
+    )
+    assert linear < time * key * hidden < mirrored
+
+
 # Limits
 
 
@@ -384,7 +416,7 @@ def test_memora_is_a_softmax_of_the_decayed_logarithm() -> None:
 
 def test_the_mirror_map_scales_and_the_printed_one_does_not() -> None:
     """Halving A halves the weights of the mirror map, and doubles those that the paper prints, at q = 4."""
-    a = 10 * sample(CASES["moneta"].design)["w1"]
+    a = 1e3 * sample(CASES["moneta"].design)["w1"]
     for retention, factor in (("lq", 0.5), ("lq_printed", 2.0)):
         mirror = _networks.MIRRORS[retention]
         assert relative_error(mirror(a / 2, 4.0), factor * mirror(a, 4.0)) <= 1e-4

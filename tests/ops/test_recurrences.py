@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ttr import ops
+from ttr.ops import _chunks
 
 Arguments = dict[str, Tensor | None]
 
@@ -96,15 +97,16 @@ def test_equals_its_recurrence(op: str, decay: str, chunk_size: int, time: int) 
 
 @each_case
 def test_gradients_of_every_argument(op: str, decay: str) -> None:
-    a = arguments(op, decay, 5)
+    a = arguments(op, decay, 17)  # two chunks and a single token
     a = on_sequences(a, lambda x: x[:1, :, :1]) | {name: x[:1, :1] for name, x in a.items() if is_state(name)}
     names = [name for name, x in a.items() if x is not None]
     leaves = [a[name].clone().requires_grad_() for name in names]
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return run(op, a | dict(zip(names, leaves, strict=True)), chunk_size=3)
+        return run(op, a | dict(zip(names, leaves, strict=True)), chunk_size=8)
 
     assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @each_case
@@ -123,16 +125,43 @@ def test_float32_gradients_equal_those_of_the_recurrence(op: str, decay: str) ->
         assert relative_error(actual, wanted) <= 1e-5, name
 
 
+@each_case
+def test_a_few_chunks_at_a_time_equal_all_at_once(op: str, decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is treated at once depends on the sizes of caches: a chunk each, and all of them."""
+    a = arguments(op, decay, 75)
+    names = [name for name, x in a.items() if x is not None]
+
+    def outputs_and_gradients(cached: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(_chunks, "CACHED", cached)
+        leaves = [a[name].clone().requires_grad_() for name in names]
+        outputs = run(op, a | dict(zip(names, leaves, strict=True)), chunk_size=16)
+        return *outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)
+
+    for few, many in zip(outputs_and_gradients(1), outputs_and_gradients(2**30), strict=True):
+        assert relative_error(few, many) <= 1e-13
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_keys_that_are_nearly_one_lose_no_digit(decay: str) -> None:
+    """Full corrections along one direction: powers of A reach 10¹⁰ and more where (I + A)⁻¹ is of size one."""
+    a = arguments("delta_rule", decay, 128, strength=0.01)
+    k = normalize(a["k"][:, :1] + 0.05 * a["k"], dim=-1)
+    single = {name: None if x is None else x.float() for name, x in (a | {"k": k, "gain": k}).items()}
+    exact = {name: None if x is None else x.double() for name, x in single.items()}
+    for actual, wanted in zip(run("delta_rule", single), recurrence(exact), strict=False):
+        assert relative_error(actual, wanted) <= 2e-6
+
+
 @pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("op", OPS[:2])
-@pytest.mark.parametrize("where", ["middle", "everywhere"])
+@pytest.mark.parametrize("where", ["middle", "everywhere", "erased"])
 def test_strong_decay_loses_no_digit(op: str, decay: str, where: str) -> None:
-    """−25 in the middle of a chunk of weak decays, and −20 at every token."""
+    """−25 in the middle of a chunk of weak decays, −20 at every token, and everything erased once a chunk."""
     a = arguments(op, decay, 128, strength=0.01)
-    if where == "middle":
-        a["log_decay"][:, 37] = -25
-    else:
+    if where == "everywhere":
         a["log_decay"] = a["log_decay"] - 20
+    else:
+        a["log_decay"][:, 37::64] = -25 if where == "middle" else -1000
     single = {name: x.float().requires_grad_() for name, x in a.items()}
     exact = {name: x.detach().double() for name, x in single.items()}
     y, state = run(op, single)

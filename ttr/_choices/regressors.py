@@ -22,6 +22,10 @@ class Regressor(Choice):
     def ridge(self) -> str | None:
         return None
 
+    def sizes(self, value: int) -> dict[str, int]:
+        """The sizes of the axes that its inputs have of their own, at values of that size."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Linear(Regressor):
@@ -119,6 +123,9 @@ class MLP(Network):
     def weights(self) -> dict[str, str]:
         return {"w1": "heads key hidden", "w2": "heads hidden value"}
 
+    def sizes(self, value: int) -> dict[str, int]:
+        return {"hidden": self.expansion * value}
+
 
 @dataclass(frozen=True)
 class Mixture(Regressor):
@@ -142,3 +149,6 @@ class Mixture(Regressor):
     def inputs(self) -> dict[str, str]:
         axes = "batch time heads maps value"
         return {"key_logits": axes, "query_logits": axes}
+
+    def sizes(self, value: int) -> dict[str, int]:
+        return {"maps": self.maps}

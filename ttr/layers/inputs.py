@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from ttr._choices import Exact
+from ttr._choices import KL, Exact
 from ttr._design import Design
 
 
@@ -129,11 +129,58 @@ class InputGate(_Projection):
         return x.sigmoid()
 
 
+class Threshold(_Projection):
+    """δ = softplus(Wx + b), starting at 1. Behrouz et al. (2025, Miras) learn it, and do not say how."""
+
+    def initial_bias(self, size: int) -> Tensor:
+        return torch.full((size,), math.log(math.expm1(1)))
+
+    def squash(self, x: Tensor) -> Tensor:
+        return softplus(x)
+
+
 class Unbounded(_Projection):
-    """Wx + b: the logarithm of an exponential gate (Beck et al., 2024), a probe (Zuo et al., 2026)."""
+    """Wx + b: an exponential gate's logarithm (Beck et al., 2024), a probe (Zuo et al., 2026), logits of a mixture."""
 
     def squash(self, x: Tensor) -> Tensor:
         return x
+
+
+class Weights(nn.Module):
+    """A layer of the network that every sequence begins with, learned from outside.
+
+    It starts normal, and such that a layer's outputs are about one: the layer norm behind them divides gradients by
+    their size, so that networks that start near zero take wild first steps.
+    """
+
+    def __init__(self, d_model: int, shape: tuple[int, ...], length: float):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(shape) / length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix
+
+
+class NormScale(nn.Module):
+    """The scale of a network's layer norm, starting at one."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...]):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale
+
+
+class NormShift(nn.Module):
+    """The shift of a network's layer norm, starting at zero."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...]):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift
 
 
 class LogMomentum(_Projection):
@@ -162,16 +209,23 @@ class Ridge(nn.Module):
 MODULES: dict[tuple[str, str], type[nn.Module]] = {
     ("frequency", "pair"): Frequency,
     ("input_gate", "time"): InputGate,
+    ("key_logits", "time"): Unbounded,
     ("log_decay", "time"): LogDecay,
     ("log_decay", "pair"): LogComplexDecay,
     ("log_decay", ""): FixedLogDecay,
     ("log_input_gate", "time"): Unbounded,
     ("log_momentum", "time"): LogMomentum,
+    ("norm_scale", ""): NormScale,
+    ("norm_shift", ""): NormShift,
     ("probe", "time"): Unbounded,
+    ("query_logits", "time"): Unbounded,
     ("rate", ""): Rate,
     ("ridge", ""): Ridge,
     ("step_size", "time"): StepSize,
+    ("threshold", "time"): Threshold,
     ("time_step", "time"): TimeStep,
+    ("w1", ""): Weights,
+    ("w2", ""): Weights,
 }
 
 
@@ -183,7 +237,10 @@ def input_modules(design: Design, d_model: int, sizes: dict[str, int], max_step_
     """A module for exactly the inputs that the design declares, by name; each maps tokens to its input."""
     # A step of the diagonal Newton gain turns the memory by 1 − kᵀg ≥ 1 − β/λ at unit keys: λ ≥ β/2 keeps it stable.
     least_ridge = LEAST_RIDGE if isinstance(design.optimizer, Exact) else max_step_size / 2
+    # Keys have unit length, hidden units about the square root of their number; a distribution's logarithms are free.
+    hidden = 1.0 if isinstance(design.retention, KL) else sizes.get("hidden", 1) ** 0.5
     settings = {"step_size": {"largest": max_step_size}, "ridge": {"least": least_ridge}}
+    settings |= {"w1": {"length": 1.0}, "w2": {"length": hidden}}
     modules = {}
     for name, axes in design.inputs.items():
         varies = next((axis for axis in ("time", "pair") if axis in axes.split()), "")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
 from ttr._atlas import atlas
-from ttr._choices import NLMS, GradientDescent, Identity, Implicit, Kernel
+from ttr._choices import NLMS, GradientDescent, Identity, Implicit, Kernel, Network
 from ttr._design import Design
 from ttr._regress import regress
 from ttr._state import State
@@ -118,7 +118,10 @@ class RegressionLayer(nn.Module):
         features = self.design.feature_map.size(key_dim)
         if "frequency" in self.design.inputs and features % 2:
             raise ValueError(f"key_dim: expected an even number for {self.design.weights}, got {key_dim}")
-        sizes = {"heads": num_heads, "key": features, "pair": features // 2, "steps": steps}
+        if isinstance(self.design.regressor, Network) and key_dim != value_dim:
+            raise ValueError(f"value_dim: expected key_dim={key_dim} for {self.design.regressor}, got {value_dim}")
+        sizes = {"heads": num_heads, "key": features, "value": value_dim, "pair": features // 2, "steps": steps}
+        sizes |= self.design.regressor.sizes(value_dim)
         self.inputs = input_modules(self.design, d_model, sizes, max_step_size)
         compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
         needs_temperature = compares or self.design.feature_map != Identity()

@@ -6,6 +6,8 @@ from ttr.ops.delta_rule import delta_rule, momentum_delta_rule
 from ttr.ops.least_squares import least_squares
 from ttr.ops.linear_attention import linear_attention
 from ttr.ops.local_polynomial import PastPairs, local_polynomial
+from ttr.ops.neural_memory import neural_memory
+from ttr.ops.online_em import online_em
 from ttr.ops.scan import decayed_sum
 
 __all__ = [
@@ -18,4 +20,6 @@ __all__ = [
     "linear_attention",
     "local_polynomial",
     "momentum_delta_rule",
+    "neural_memory",
+    "online_em",
 ]

@@ -25,13 +25,12 @@ def check_shapes(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor of axes ({axes}), got {tensor!r}")
         names = axes.split()
-        expected = f"({', '.join(f'{axis}={sizes[axis]}' if axis in sizes else axis for axis in names)})"
-        fits = tensor.ndim == len(names) and all(
-            size == sizes.get(axis, size) for axis, size in zip(names, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-        sizes.update(zip(names, tensor.shape, strict=True))
+        shape = tensor.shape
+        # The size of each axis that is known by now, and the tensor's own for one that is not.
+        if len(shape) != len(names) or tuple(map(sizes.get, names, shape)) != shape:
+            expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in names)
+            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(shape)}")
+        sizes.update(zip(names, shape, strict=True))
 
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")

@@ -1,14 +1,16 @@
 """What the chunkwise ops share: cutting a sequence into chunks, and decay within one.
 
 Inside a chunk, c_t is the running sum of the log-decay up to and including token t. A pair written at j is seen
-at t through exp(c_t − c_j), j ≤ t. Every exponent taken here is at most zero, so no decay overflows, and sums and
-differences are float64: behind one strong decay, differences of float32 sums would have lost the weak ones.
+at t through exp(c_t − c_j), j ≤ t. No factor is ever above one, so no decay overflows. Behind one strong decay,
+differences of float32 sums would have lost the weak ones: a decay per head takes float64 sums and differences, and
+a decay per channel, where exponentials are dear, multiplies the factors themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TypeVar
@@ -17,6 +19,11 @@ import torch
 from torch import Tensor
 
 State = TypeVar("State")
+
+# Numbers in each operand of a batched product on the CPU: 1 MiB of float32, so that a step stays in its caches.
+CACHED = 2**18
+# Fewer tokens than this are cheaper one by one than as a chunk.
+SHORTEST = 8
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -27,7 +34,8 @@ def state_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """No lower precision on the device of x, where there is any."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if lowered else nullcontext()
 
 
 def zero_state(k: Tensor, v: Tensor) -> Tensor:
@@ -43,31 +51,55 @@ def map_chunks(
     *,
     like: Tensor,
     chunk_size: int,
+    token: Callable[..., tuple[Tensor, State]] | None = None,
 ) -> tuple[Tensor, State]:
-    """Apply `step(*chunked sequences, state)` to the whole chunks, then to the shorter rest.
+    """Apply `step(*chunked sequences, state)` to a few chunks at a time, in order.
 
     A sequence (batch, time, heads, …) reaches `step` as (batch, heads, chunks, chunk, …), in at least float32
-    whatever autocast says; the outputs come back in the layout and dtype of `like`. The rest is a chunk of its
-    own, so nothing is ever padded.
+    whatever autocast says; the outputs come back in the layout and dtype of `like`. A chunk has a power of two of
+    tokens, at most chunk_size. The last few tokens reach `token`, where there is one, as (batch, heads, …) each.
     """
-    time = like.shape[1]
-    whole = time - time % chunk_size
+    batch, time, heads, *_ = like.shape
+    width = max(math.prod(x.shape[3:]) for x in sequences if x is not None)
+    at_once = CACHED // max(1, batch * heads * width) if like.device.type == "cpu" else sys.maxsize
+    spans = list(_spans(time, chunk_size, at_once, 1 if token is None else SHORTEST))
+    # Split once: the gradient of a slice is as long as the sequence, so that of many would be quadratic in time.
+    lengths = [chunks * size for chunks, size in spans]
+    split = [[x] * len(spans) if x is None or len(spans) == 1 else x.split(lengths, dim=1) for x in sequences]
+    wide = state_dtype(like)
     outputs = []
     with without_autocast(like):
-        for start, stop, size in ((0, whole, chunk_size), (whole, time, time - whole)):
-            if start == stop:
+        for (chunks, size), *piece in zip(spans, *split, strict=True):
+            piece = [None if x is None else x.to(wide) for x in piece]
+            if size == 1 and token is not None:
+                for each in zip(*([None] * chunks if x is None else x.unbind(1) for x in piece), strict=True):
+                    output, state = token(*each, state)
+                    outputs.append(output.unsqueeze(1).to(like.dtype))
                 continue
-            chunked = [
-                None
-                if x is None
-                else x[:, start:stop].to(state_dtype(like)).unflatten(1, (-1, size)).movedim(3, 1).contiguous()
-                for x in sequences
-            ]
+            chunked = [None if x is None else x.unflatten(1, (chunks, size)).movedim(3, 1).contiguous() for x in piece]
             output, state = step(*chunked, state)
             outputs.append(output.movedim(1, 3).flatten(1, 2).to(like.dtype))
-        if len(outputs) == 1:
-            return outputs[0], state
         return torch.cat(outputs or [like[:, :0]], dim=1), state
+
+
+def _spans(time: int, chunk_size: int, at_once: int, shortest: int) -> Iterator[tuple[int, int]]:
+    """Cut time into spans of (chunks, chunk), `at_once` tokens each where a chunk is shorter."""
+    size = 1 << (chunk_size.bit_length() - 1)
+    while time:
+        size = min(size, 1 << (time.bit_length() - 1))
+        if size < shortest:
+            size = 1
+        chunks = time if size < shortest else min(time // size, max(1, at_once // size))
+        yield chunks, size
+        time -= chunks * size
+
+
+def fade(state: Tensor, log_decay: Tensor | None) -> Tensor:
+    """What one token's decay, (batch, heads) or (batch, heads, key), leaves of (batch, heads, key, value)."""
+    if log_decay is None:
+        return state
+    factor = log_decay.exp().unsqueeze(-1)
+    return (factor if log_decay.ndim == 3 else factor.unsqueeze(-1)) * state
 
 
 class ChunkDecay:
@@ -77,68 +109,73 @@ class ChunkDecay:
     """
 
     def __init__(self, log_decay: Tensor | None):
-        self.cumulative = None
-        if log_decay is not None:
-            self.dtype, self.per_channel = log_decay.dtype, log_decay.ndim == 5
-            each = log_decay if self.per_channel else log_decay.unsqueeze(-1)
-            self.cumulative = each.double().cumsum(-2)
+        self.none = log_decay is None
+        if log_decay is None:
+            return
+        self.dtype, self.per_channel = log_decay.dtype, log_decay.ndim == 5
+        if self.per_channel:
+            self.levels = list(_levels(log_decay.exp()))
+            self.since, self.until = (x.squeeze(-3) for x in self.levels.pop())
+        else:
+            self.cumulative = log_decay.double().cumsum(-1).unsqueeze(-1)
+            self.since = self.cumulative.exp().to(self.dtype)
+            self.until = (self.cumulative[..., -1:, :] - self.cumulative).exp().to(self.dtype)
 
     def since_start(self, rows: Tensor) -> Tensor:
         """rows_t · exp(c_t): what is left at t of the state that the chunk began with."""
-        if self.cumulative is None:
-            return rows
-        return rows * self.cumulative.to(rows.dtype).exp()
+        return rows if self.none else rows * self.since
 
     def until_end(self, columns: Tensor) -> Tensor:
         """columns_j · exp(c_end − c_j): what is left of a write at j when the chunk ends."""
-        if self.cumulative is None:
-            return columns
-        return columns * (self.cumulative[..., -1:, :] - self.cumulative).to(columns.dtype).exp()
+        return columns if self.none else columns * self.until
 
     def between(self, rows: Tensor, columns: Tensor) -> Tensor:
         """A_tj = Σ_d rows_td · columns_jd · exp(c_td − c_jd) for j ≤ t, else 0."""
-        if self.cumulative is None:
-            return (rows @ columns.mT).tril()
-        if self.per_channel:
-            return _channel_products(rows, columns, self.cumulative)
-        return (rows @ columns.mT) * self.matrix
+        if self.none:
+            return (rows @ columns.mT).tril_()
+        if not self.per_channel:
+            return (rows @ columns.mT) * self.matrix
+        products = (rows * columns).sum(-1)[..., None, None]
+        for since, until in self.levels:
+            # Below two neighbouring blocks on the diagonal, all rows come after the first and all columns are in it.
+            pairs = (-1, 2, since.shape[-2])
+            later = rows.unflatten(-2, pairs)[..., 1, :, :] * since[..., 1::2, :, :]
+            earlier = columns.unflatten(-2, pairs)[..., 0, :, :] * until[..., ::2, :, :]
+            products = join(products, later @ earlier.mT)
+        return products.squeeze(-3)
 
     @cached_property
     def matrix(self) -> Tensor:
         """D_tj = exp(c_t − c_j) for j ≤ t, else 0; of a decay per head."""
         c = self.cumulative
-        assert c is not None
-        future = torch.ones(c.shape[-2], c.shape[-2], dtype=torch.bool, device=c.device).triu(1)
-        return (c - c.mT).to(self.dtype).masked_fill(future, -torch.inf).exp()
+        past = torch.ones(c.shape[-2], c.shape[-2], dtype=self.dtype, device=c.device).tril()
+        # Also without the exponents of the future: they would overflow.
+        return (c - c.mT).to(self.dtype).tril_().exp() * past
 
     def over_chunks(self, chunks: int, dtype: torch.dtype) -> Sequence[Tensor | float]:
         """exp(c_end) of each chunk, shaped to scale a state."""
-        if self.cumulative is None:
-            return [1.0] * chunks
-        return self.cumulative[..., -1, :].to(dtype).exp().unsqueeze(-1).unbind(2)
+        return [1.0] * chunks if self.none else self.since[..., -1:, :].mT.to(dtype).unbind(2)
 
 
-def _channel_products(rows: Tensor, columns: Tensor, cumulative: Tensor) -> Tensor:
-    """The per-channel case, by doubling: two neighbouring blocks and the square below them make the next block.
+def _levels(factor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For blocks of 1, 2, 4, … tokens, (…, blocks, block, key): the decay since a block began, and until it ends.
 
-    In that square every row comes after the reference token (the last of the first block) and no column does, so
-    both factors exp(c_t − c_ref) and exp(c_ref − c_j) are at most one.
+    The first counts a block's own tokens up to t, the second those after j: products, none above one.
     """
-    size = rows.shape[-2]
-    padding = 2 ** math.ceil(math.log2(size)) - size
-    if padding:
-        rows, columns = (torch.nn.functional.pad(x, (0, 0, 0, padding)) for x in (rows, columns))
-        last = cumulative[..., -1:, :].expand(*cumulative.shape[:-2], padding, -1)
-        cumulative = torch.cat([cumulative, last], dim=-2)
+    since, until = factor.unsqueeze(-2), torch.ones_like(factor).unsqueeze(-2)
+    yield since, until
+    while since.shape[-3] > 1:
+        first, second = since[..., -1:, :].unflatten(-3, (-1, 2)).unbind(-3)
+        one = torch.ones_like(first)
+        longer = torch.stack([one, first], dim=-3), torch.stack([second, one], dim=-3)
+        since, until = (
+            (x.unflatten(-3, (-1, 2)) * more).flatten(-3, -2) for x, more in zip((since, until), longer, strict=True)
+        )
+        yield since, until
 
-    products = (rows * columns).sum(-1)[..., None, None]
-    while (block := products.shape[-1]) < size + padding:
-        row, column, c = (x.unflatten(-2, (-1, 2, block)) for x in (rows, columns, cumulative))
-        reference = c[..., 0, -1:, :]
-        later = row[..., 1, :, :] * (c[..., 1, :, :] - reference).to(rows.dtype).exp()
-        earlier = column[..., 0, :, :] * (reference - c[..., 0, :, :]).to(rows.dtype).exp()
-        square = later @ earlier.mT
-        first, second = products.unflatten(-3, (-1, 2)).unbind(-3)
-        above = torch.cat([first, torch.zeros_like(square)], dim=-1)
-        products = torch.cat([above, torch.cat([square, second], dim=-1)], dim=-2)
-    return products.squeeze(-3)[..., :size, :size]
+
+def join(blocks: Tensor, square: Tensor) -> Tensor:
+    """Neighbouring blocks on the diagonal, and the square below it between them, make the next block."""
+    first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+    above = torch.cat([first, torch.zeros_like(square)], dim=-1)
+    return torch.cat([above, torch.cat([square, second], dim=-1)], dim=-2)

@@ -15,4 +15,4 @@ def warn_unless_converged(residual: float, tolerance: float, steps: int) -> None
         message = (
             f"conjugate gradients: relative residual {residual:.1e} after {steps} steps, tolerance {tolerance:.1e}"
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warnings.warn(message, ConvergenceWarning, stacklevel=6)

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ttr.ops._chunks import without_autocast
 from ttr.ops._convergence import warn_unless_converged
 
 Solver = Literal["auto", "conjugate_gradients", "direct"]
 
-DIRECT_KEY = 16  # up to here factors of single queries are cheaper than the steps they save
-KEEP = 0.9  # of the queries unfinished, to be worth a copy of their weights
-SCORES = {"cpu": 2**21}  # numbers in a block of scores: what caches hold
-SCORES_ELSEWHERE = 2**26
+DIRECT_KEY = 8  # up to here factors of single queries are cheaper than the steps they save
+WORTH_A_COPY = 0.85  # so few of the queries unfinished that their weights are copied out
+SCORES_IN_CACHE, SCORES_ON_DEVICE = 2**20, 2**26  # numbers in a block of scores, on the CPU and elsewhere
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ def log_factors(
     `elapsed` and `key_bias` are (…, pairs); the decay is a difference of float64 sums, as in `ChunkDecay`. Of the
     result, (…, rows, columns), leading axes are absent where nothing depends on them.
     """
-    time = torch.arange(columns.stop - (rows.stop - rows.start), columns.stop, device=like.device)
-    age = time[:, None] - torch.arange(columns.start, columns.stop, device=like.device)
-    outside = age < 0
+    index = torch.arange(columns.start, columns.stop, device=like.device)
+    time = index[rows.start - rows.stop :]
+    outside = index > time[:, None]
     if window is not None:
-        outside |= age >= window
+        outside |= index <= time[:, None] - window
     factors = like.new_zeros(())
     if elapsed is not None:
-        factors = (elapsed[..., time, None] - elapsed[..., None, columns]).to(like.dtype)
+        elapsed = elapsed[..., columns]
+        factors = (elapsed[..., rows.start - rows.stop :, None] - elapsed[..., None, :]).to(like.dtype)
     if key_bias is not None:
         factors = factors + key_bias[..., None, columns]
     return torch.where(outside, -torch.inf, factors)
@@ -91,6 +92,7 @@ class Block:
 
     @classmethod
     def weigh(cls, q: Tensor, k: Tensor, factors: Tensor, may_be_empty: bool) -> Block:
+        """The softmax of q·k + factors over the pairs; queries whose factors are all −inf only where said so."""
         scores = q @ k.mT
         weights = scores.add_(factors).softmax(-1)
         if may_be_empty:  # a query that no pair has weight for sees zeros, not the softmax of nothing
@@ -121,7 +123,7 @@ class Block:
         key, (heads, queries, _) = self.k.shape[-1], self.weights.shape
         a, b = torch.triu_indices(key, key, device=self.k.device)
         moment = self.k.new_zeros(heads, queries, len(a))
-        stretch = max(1, self.scores.numel() // (heads * len(a)), 256)
+        stretch = max(256, self.scores.numel() // (heads * len(a)))
         for k, weights in zip(self.k.split(stretch, 1), self.weights.split(stretch, 2), strict=True):
             moment.baddbmm_(weights, k[..., a] * k[..., b])
         moment -= self.mean[..., a] * self.mean[..., b]
@@ -132,12 +134,11 @@ class Block:
 
 def _preconditioner(covariance: Tensor, ridge: Tensor) -> Callable[[Tensor], Tensor]:
     """x ↦ (C + λI)^{-1} x for a matrix a head, (heads, 1, key, key), or a query."""
-    key = covariance.shape[-1]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     # Rounding may leave the smallest eigenvalues below zero. This much more makes them positive, and costs steps only.
-    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    diagonal = ridge.unsqueeze(-1) + 2 * key * torch.finfo(trace.dtype).eps * trace
-    matrix = covariance + diagonal * torch.eye(key, dtype=trace.dtype, device=trace.device)
-    factor, _ = torch.linalg.cholesky_ex(matrix)
+    floor = 2 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps * diagonal.sum(-1, keepdim=True)
+    diagonal += ridge + floor
+    factor, _ = torch.linalg.cholesky_ex(covariance)
     if covariance.shape[1] == 1:
         inverse = torch.cholesky_inverse(factor).squeeze(1)
         return lambda x: x @ inverse
@@ -164,16 +165,23 @@ def _solve(block: Block, ridge: Tensor, right: Tensor, how: Settings) -> tuple[T
     if queries > 1 and how.solver == "direct":
         factorised = 0
     if queries > 1 and how.solver == "auto":
-        # The factors cost as much as about key/4 steps: a query that has not converged by then takes its own.
-        factorised = 0 if key <= DIRECT_KEY else key // 4
-    precondition = _preconditioner(block.mean_covariance(), ridge) if factorised else None
+        # Its factor costs a query less than key steps, by which only rounding can have kept it from converging.
+        factorised = 0 if key <= DIRECT_KEY else key
+    if factorised:
+        precondition = _preconditioner(block.mean_covariance(), ridge)
 
     length = right.norm(dim=-1, keepdim=True)
     left = right / length.clamp_min(tiny)
-    x, direction, fall = torch.zeros_like(left), torch.zeros_like(left), torch.ones_like(length)
-    solution, rows = torch.empty_like(x), torch.arange(heads * queries, device=x.device)
+    x, direction = torch.zeros_like(left), torch.zeros_like(left)
+    fall, shortest = torch.ones_like(length), torch.ones_like(length)
+    solution, rows = x.new_empty(heads * queries, key), torch.arange(heads * queries, device=x.device)
+
+    def settle() -> None:
+        # What is left after the last step is known, and a step along it as short as any so far is safe.
+        solution.index_copy_(0, rows, torch.addcmul(x, shortest, conditioned).flatten(0, 1))
+
     for step in range(never):
-        if step == factorised or precondition is None:
+        if step == factorised:
             precondition = _preconditioner(block.covariances(), ridge)
             direction.zero_()
         conditioned = precondition(left)
@@ -184,21 +192,22 @@ def _solve(block: Block, ridge: Tensor, right: Tensor, how: Settings) -> tuple[T
         most = int(unfinished.sum(1).max())
         if most == 0 or step == how.steps:
             break
-        if step < factorised and most <= KEEP * unfinished.shape[1]:
-            solution.view(-1, key).index_copy_(0, rows, x.flatten(0, 1))
+        if step < factorised and most <= WORTH_A_COPY * unfinished.shape[1]:
+            settle()
             kept = unfinished.squeeze(-1).float().topk(most, dim=1).indices
             kept = (kept + unfinished.shape[1] * torch.arange(heads, device=x.device)[:, None]).flatten()
             rows, block = rows[kept], block.take(kept)
             x, left, conditioned, direction = (_take(each, kept) for each in (x, left, conditioned, direction))
-            previous, fall, goal = (_take(each, kept) for each in (previous, fall, goal))
+            previous, fall, goal, shortest = (_take(each, kept) for each in (previous, fall, goal, shortest))
         direction = torch.addcmul(conditioned, fall / previous.clamp_min(tiny), direction)
         image = block.covariance(direction).addcmul_(ridge, direction)
         size = fall / _dot(direction, image).clamp_min(tiny)
+        shortest = torch.minimum(shortest, size)
         x.addcmul_(size, direction)
         left.addcmul_(size, image, value=-1)
-    solution.view(-1, key).index_copy_(0, rows, x.flatten(0, 1))
+    settle()
     residual = how.tolerance * (fall / goal)[unfinished].max().sqrt().item() if most else 0.0
-    return solution.mul_(length), residual
+    return solution.view_as(right) * length, residual
 
 
 def _blocks(
@@ -207,8 +216,9 @@ def _blocks(
     """Heads, queries and pairs of every block, and the block; as many heads at once as fit its scores."""
     heads, time, pairs = *q.shape[:2], k.shape[1]
     seen = pairs if how.window is None else min(pairs, how.window + how.chunk_size)
-    scores = SCORES.get(q.device.type, SCORES_ELSEWHERE)
-    together = max(1, scores // (min(how.chunk_size, time) * seen))
+    widest = max(seen, q.shape[-1] ** 2) if how.solver == "direct" else seen
+    numbers = SCORES_IN_CACHE if q.device.type == "cpu" else SCORES_ON_DEVICE
+    together = max(1, numbers // (min(how.chunk_size, time) * widest))
     for first in range(0, heads, together):
         group = slice(first, min(first + together, heads))
         some_elapsed, some_bias = (None if x is None else x[group] for x in (elapsed, key_bias))
@@ -230,7 +240,7 @@ class LocalLinear(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        target: Tensor | None,
+        target: Tensor,
         ridge: Tensor | None,
         probe: Tensor | None,
         elapsed: Tensor | None,
@@ -241,7 +251,7 @@ class LocalLinear(torch.autograd.Function):
         slope = torch.empty_like(q) if probe is None else probe
         worst = 0.0
         for heads, rows, columns, block in _blocks(q, k, elapsed, key_bias, how):
-            if target is not None and ridge is not None:
+            if ridge is not None:
                 u, residual = _solve(block, ridge[heads], target[heads, rows] - block.mean, how)
                 slope[heads, rows] = u
                 worst = max(worst, residual)
@@ -265,29 +275,30 @@ class LocalLinear(torch.autograd.Function):
         to_q, to_k, to_v, to_slope = (torch.zeros_like(x) for x in (q, k, v, slope))
         to_bias = k.new_zeros(k.shape[:2])
         worst = 0.0
-        for heads, rows, columns, block in _blocks(q, k, elapsed, key_bias, how):
-            u, y_gradient, weights = slope[heads, rows], gradient[heads, rows], block.weights
-            lift = block.contrasts(u) + 1
-            lifted = lift * weights
-            to_v[heads, columns].baddbmm_(lifted.mT, y_gradient)
+        with without_autocast(k):
+            for heads, rows, columns, block in _blocks(q, k, elapsed, key_bias, how):
+                u, y_gradient, weights = slope[heads, rows], gradient[heads, rows], block.weights
+                lift = block.contrasts(u) + 1
+                lifted = lift * weights
+                to_v[heads, columns].baddbmm_(lifted.mT, y_gradient)
 
-            pull = y_gradient @ v[heads, columns].mT
-            pull -= (pull * weights).sum(-1, keepdim=True)
-            z = (pull * weights) @ block.k
-            if ridge is not None:
-                z, residual = _solve(block, ridge[heads], z, how)
-                worst = max(worst, residual)
-                pull -= block.contrasts(z)
-                to_k[heads, columns].baddbmm_(lifted.mT, z, alpha=-1)
-            to_slope[heads, rows] = z
+                pull = y_gradient @ v[heads, columns].mT
+                pull -= (pull * weights).sum(-1, keepdim=True)
+                z = (pull * weights) @ block.k
+                if ridge is not None:
+                    z, residual = _solve(block, ridge[heads], z, how)
+                    worst = max(worst, residual)
+                    pull -= block.contrasts(z)
+                    to_k[heads, columns].baddbmm_(lifted.mT, z, alpha=-1)
+                to_slope[heads, rows] = z
 
-            pull *= weights
-            to_k[heads, columns].baddbmm_(pull.mT, u)
-            pull *= lift
-            pull -= weights * pull.sum(-1, keepdim=True)
-            to_q[heads, rows] = pull @ block.k
-            to_k[heads, columns].baddbmm_(pull.mT, q[heads, rows])
-            to_bias[heads, columns] += pull.sum(1)
+                pull *= weights
+                to_k[heads, columns].baddbmm_(pull.mT, u)
+                pull *= lift
+                pull -= weights * pull.sum(-1, keepdim=True)
+                to_q[heads, rows] = pull @ block.k
+                to_k[heads, columns].baddbmm_(pull.mT, q[heads, rows])
+                to_bias[heads, columns] += pull.sum(1)
         warn_unless_converged(worst, how.tolerance, how.steps)
         to_ridge = None if ridge is None else -(to_slope * slope).sum((1, 2), keepdim=True)
         to_target, to_probe = (None, to_slope) if ridge is None else (to_slope, None)

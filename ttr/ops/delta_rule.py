@@ -2,9 +2,9 @@
 
 With u_t = v_t − S̄_tᵀ k_t, the error of the decayed memory on the new pair, all states in a chunk are sums of
 g_j u_jᵀ with decays between. So the errors solve a unit-triangular system, (I + A) U = V − K̄ S, where
-A_tj = k_tᵀ Diag(decay from j to t) g_j for j < t: the WY (or UT) form with key and gain kept apart. It is solved
-for V and for K̄ at once and for all chunks; between chunks only two products remain. The forward costs about
-2·T·C·(2K + V) + T·C·(K + V) + 6·T·K·V floating-point operations a head.
+A_tj = k_tᵀ Diag(decay from j to t) g_j for j < t: the WY (or UT) form with key and gain kept apart. Its
+inverse, formed for all chunks at once by products of blocks, is applied to V − K̄ S chunk after chunk. The forward
+costs about 4·T·C·(K + V) + 2·T·C²/3 + 6·T·K·V floating-point operations a head.
 
 Momentum adds a second state, M_t = η_t M_{t−1} + g_t u_tᵀ and S_t = S̄_t + M_t. A write then reaches S_t along every
 split of the way into a stretch of momentum and a stretch of decay: its factor is the product of the two decay
@@ -13,13 +13,15 @@ matrices, and nothing else changes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
-from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, zero_state
+from ttr.ops._chunks import ChunkDecay, fade, join, map_chunks, state_dtype, zero_state
 
 
 def delta_rule(
@@ -47,7 +49,7 @@ def delta_rule(
             recursion is stable where the eigenvalue :math:`1 - k_t^\top g_t` lies in [−1, 1].
         log_decay: :math:`\ell_t \le 0`, one a head or one a channel of the key; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
-        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
 
     Returns:
@@ -61,7 +63,7 @@ def delta_rule(
     """
     _check(q, k, v, gain, log_decay, chunk_size, backend, initial_state=initial_state)
     state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
-    return map_chunks(_step, (q, k, v, gain, log_decay), state, like=v, chunk_size=chunk_size)
+    return map_chunks(_step, (q, k, v, gain, log_decay), state, like=v, chunk_size=chunk_size, token=_token)
 
 
 def momentum_delta_rule(
@@ -95,7 +97,7 @@ def momentum_delta_rule(
         log_decay: :math:`\ell_t \le 0`, one a head; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
         initial_momentum: :math:`M_0`; None is zero.
-        chunk_size: tokens treated in one matrix product; changes the speed, not the result.
+        chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
 
     Returns:
@@ -115,7 +117,9 @@ def momentum_delta_rule(
     if log_decay is None:
         log_decay = torch.zeros_like(log_momentum)
     sequences = (q, k, v, gain, log_momentum, log_decay)
-    return map_chunks(_momentum_step, sequences, (state, momentum), like=v, chunk_size=chunk_size)
+    return map_chunks(
+        _momentum_step, sequences, (state, momentum), like=v, chunk_size=chunk_size, token=_momentum_token
+    )
 
 
 def _check(
@@ -149,14 +153,14 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, gain: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     decay = ChunkDecay(log_decay)
-    # U = own − carried S solves (I + A) U = V − K̄ S; the solver reads A below the diagonal only.
-    right = torch.cat([v, decay.since_start(k)], dim=-1)
-    own, carried = _errors(decay.between(k, gain), right).split([v.shape[-1], k.shape[-1]], dim=-1)
-    chunks = own.unbind(2), carried.unbind(2), decay.until_end(gain).mT.unbind(2)
+    inverse = _UnitTriangularInverse.apply(decay.between(k, gain))
+    chunks = v, decay.since_start(k), inverse, decay.until_end(gain).mT
     starts, errors = [], []
-    for factor, own_n, carried_n, write_n in zip(decay.over_chunks(k.shape[2], k.dtype), *chunks, strict=True):
+    for factor, v_n, k_n, inverse_n, write_n in zip(
+        decay.over_chunks(k.shape[2], k.dtype), *(x.unbind(2) for x in chunks), strict=True
+    ):
         starts.append(state)
-        errors.append(own_n - carried_n @ state)
+        errors.append(inverse_n @ (v_n - k_n @ state))
         state = factor * state + write_n @ errors[-1]
     y = decay.between(q, gain) @ torch.stack(errors, 2) + decay.since_start(q) @ torch.stack(starts, 2)
     return y, state
@@ -179,19 +183,17 @@ def _momentum_step(
     old_push = momentum.since_start(torch.ones_like(k[..., :1]))
     after_writes, after_push = before @ push + push, before @ old_push + old_push
 
-    right = torch.cat([v, decay.since_start(k), (before @ old_push) * k], dim=-1)
-    sizes = [v.shape[-1], k.shape[-1], k.shape[-1]]
-    own, carried, swept = _errors((k @ gain.mT) * (before @ push), right).split(sizes, dim=-1)
+    inverse = _UnitTriangularInverse.apply((k @ gain.mT) * (before @ push))
     into_state = (after_writes[..., -1:, :].mT * gain).mT
-    chunks = [x.unbind(2) for x in (own, carried, swept, into_state, momentum.until_end(gain).mT)]
+    chunks = v, decay.since_start(k), (before @ old_push) * k, inverse, into_state, momentum.until_end(gain).mT
     factors = [x.over_chunks(k.shape[2], k.dtype) for x in (decay, momentum)]
     starts, pushes, errors = [], [], []
-    for factor, damping, reach, own_n, carried_n, swept_n, into_state_n, into_push_n in zip(
-        *factors, after_push[..., -1:, :].unbind(2), *chunks, strict=True
+    for factor, damping, reach, v_n, k_n, pushed_k_n, inverse_n, into_state_n, into_push_n in zip(
+        *factors, after_push[..., -1:, :].unbind(2), *(x.unbind(2) for x in chunks), strict=True
     ):
         starts.append(state)
         pushes.append(pushed)
-        errors.append(own_n - carried_n @ state - swept_n @ pushed)
+        errors.append(inverse_n @ (v_n - k_n @ state - pushed_k_n @ pushed))
         state = factor * state + reach * pushed + into_state_n @ errors[-1]
         pushed = damping * pushed + into_push_n @ errors[-1]
     y = ((q @ gain.mT) * after_writes) @ torch.stack(errors, 2)
@@ -199,6 +201,56 @@ def _momentum_step(
     return y, (state, pushed)
 
 
-def _errors(overlap: Tensor, right: Tensor) -> Tensor:
-    """Solve (I + A) X = right, with A the part of `overlap` strictly below the diagonal."""
-    return torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, gain: Tensor, log_decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    state = fade(state, log_decay)
+    state = torch.addcmul(state, gain.unsqueeze(-1), _error(k, v, state))
+    return (q.unsqueeze(-2) @ state).squeeze(-2), state
+
+
+def _momentum_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor,
+    states: tuple[Tensor, Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    state, pushed = fade(states[0], log_decay), fade(states[1], log_momentum)
+    pushed = torch.addcmul(pushed, gain.unsqueeze(-1), _error(k, v, state))
+    state = state + pushed
+    return (q.unsqueeze(-2) @ state).squeeze(-2), (state, pushed)
+
+
+def _error(k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    return v.unsqueeze(-2) - k.unsqueeze(-2) @ state
+
+
+class _UnitTriangularInverse(torch.autograd.Function):
+    """(I + A)⁻¹, with A the part of `overlap` strictly below the diagonal.
+
+    Blocks of 1, 2, 4, … are inverted: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [−R⁻¹ Q P⁻¹, R⁻¹]]. Unlike sums
+    of powers of A it keeps its digits where keys are alike, and products are several times faster than batched solves.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(overlap: Tensor) -> Tensor:
+        inverse = overlap.new_ones(*overlap.shape[:-1], 1, 1)
+        while (block := inverse.shape[-1]) < overlap.shape[-1]:
+            pairs = overlap.unflatten(-2, (-1, 2, block)).unflatten(-1, (-1, 2, block)).diagonal(dim1=-6, dim2=-3)
+            below = pairs[..., 1, :, 0, :, :].movedim(-1, -3)
+            inverse = join(inverse, -(inverse[..., 1::2, :, :] @ below @ inverse[..., ::2, :, :]))
+        return inverse.squeeze(-3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ gradient @ inverse.mT).tril(-1)

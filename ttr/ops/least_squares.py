@@ -1,7 +1,7 @@
 r"""Family (c): exact least squares, the regression solved anew at every token.
 
 With the curvature G_t and the cross moment C_t of all pairs so far, the memory is (G_t + Λ)⁻¹ C_t. It is read as
-C_tᵀ x_t, x_t = (G_t + Λ)⁻¹ q_t: linear attention with whitened queries. Three solvers whiten them, in parallel over
+C_tᵀ x_t, x_t = (G_t + Λ)⁻ᵀ q_t: linear attention with whitened queries. Three solvers whiten them, in parallel over
 chunks and without the T matrices G_t.
 
 Token by token: G_t is carried along all chunks at the same time, and factorised.
@@ -18,13 +18,13 @@ chunk replace one a token. What they subtract costs digits, where a chunk knows 
 the stronger the decay. The factors tell how many. A chunk that loses too many is cut in halves, and solved token by
 token in the end; so no decay is too strong.
 
-The gradient of a solve is a solve. With z_t = (G_t + Λ)⁻ᵀ ∂/∂x_t, the rest is the gradient of −z_tᵀ (G_t + Λ) x_t for
-constant z and x: linear attention once more.
+The gradient of a solve is a solve. With z_t = (G_t + Λ)⁻¹ ∂/∂x_t, the rest is the gradient of −x_tᵀ (G_t + Λ) z_t for
+constant x and z: linear attention once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -36,15 +36,14 @@ from torch.autograd.function import once_differentiable
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, without_autocast, zero_state
-from ttr.ops._conjugate_gradients import ConvergenceWarning, conjugate_gradients
+from ttr.ops._conjugate_gradients import conjugate_gradients
+from ttr.ops._convergence import warn_unless_converged
 from ttr.ops.linear_attention import linear_attention
-
-__all__ = ["ConvergenceWarning", "least_squares"]
 
 Solver = Literal["auto", "chunk", "conjugate_gradients", "direct"]
 
 FEW_TOKENS = 4  # are solved one by one
-CHUNKS_TOGETHER = 32  # are solved at once on a CPU: about what stays in its cache
+CHUNKS_TOGETHER = 64  # are solved at once on a CPU, so that they stay in its cache
 
 
 def least_squares(
@@ -57,8 +56,8 @@ def least_squares(
     weight: Float[Tensor, "batch time heads"] | None = None,
     ridge_decays: bool = True,
     solver: Solver = "auto",
-    steps: int = 100,
-    tolerance: float = 1e-5,
+    steps: int = 200,
+    tolerance: float | None = None,
     initial_state: tuple[Float[Tensor, "batch heads key key"], Float[Tensor, "batch heads key value"]] | None = None,
     chunk_size: int = 64,
     backend: Backend = "auto",
@@ -69,7 +68,7 @@ def least_squares(
     r"""Predict by the exact weighted ridge regression on all pairs so far.
 
     .. math::
-        y_t = C_t^\top (G_t + \Lambda)^{-1} q_t, \qquad
+        y_t = C_t^\top (G_t + \Lambda)^{-\top} q_t, \qquad
         G_t = \operatorname{Diag}(e^{\ell_t})\, G_{t-1} + w_t\, k_t k_t^\top, \qquad
         C_t = \operatorname{Diag}(e^{\ell_t})\, C_{t-1} + w_t\, k_t v_t^\top
 
@@ -83,9 +82,9 @@ def least_squares(
     normal equation forgets at its own rate. That minimises nothing: G is not symmetric, G + Λ can be singular for
     some data, and close to it the answer is large. A noiseless linear map is still recovered.
 
-    Once a prior has faded, keys that do not span the space leave G singular. Where a pivot of its factorisation is
-    below key·ε times the diagonal of G (ε the rounding unit), it is rounding; twice that much of the diagonal, and the
-    root of the smallest normal number, are then added. So answers stay bounded.
+    Once a prior has faded, keys that do not span the space leave G singular. A pivot below key·ε times its diagonal
+    entry, ε the rounding unit, is then nothing but rounding. Four times that share of the diagonal is added where there
+    is one, and the root of the smallest normal number, so that answers stay bounded.
 
     Args:
         q: queries; no scaling is applied.
@@ -99,7 +98,7 @@ def least_squares(
             "conjugate_gradients", for at most one decay a head; "direct", a factorisation a token. "auto" takes the
             first of these that may, and "direct" for a few tokens.
         steps: the most steps that conjugate gradients take.
-        tolerance: the residual, relative to its right-hand side, at which they stop.
+        tolerance: the residual, relative to its right-hand side, at which they stop; None is 10·ε.
         initial_state: :math:`(G_0, C_0)`, as an earlier call returned it.
         chunk_size: tokens treated in one matrix product; changes the speed, not the result.
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
@@ -136,14 +135,17 @@ def least_squares(
     check_chunk_size(chunk_size)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
+    dtype = state_dtype(v)
+    if tolerance is None:
+        tolerance = 10 * torch.finfo(dtype).eps
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
     uses_triton(backend, q, missing="least squares")
     solve = _chosen(solver, log_decay, q.shape[1], ridge_decays, steps=steps, tolerance=tolerance)
 
-    dtype = state_dtype(v)
     with without_autocast(v):
         q, k, values, ridge = (x.to(dtype) for x in (q, k, v, ridge))
+        log_decay, weight = (None if x is None else x.to(dtype) for x in (log_decay, weight))
         if per_head:
             ridge = ridge.unsqueeze(-1).expand(k.shape[2:])
         if curvature is None:
@@ -188,7 +190,7 @@ Solve = Callable[[_Systems, Tensor], Tensor]
 
 
 class _Whiten(torch.autograd.Function):
-    """(x, G_T) with (G_t + Λ) x_t = q_t, by implicit differentiation."""
+    """(x, G_T) with (G_t + Λ)ᵀ x_t = q_t, by implicit differentiation."""
 
     @staticmethod
     def forward(
@@ -203,7 +205,7 @@ class _Whiten(torch.autograd.Function):
         ridge: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         matrices = k, weight, log_decay, curvature, ridge
-        x, curvature = _whiten(solve, chunk_size, q, *matrices, transposed=False)
+        x, curvature = _whiten(solve, chunk_size, q, *matrices, transposed=True)
         ctx.solve, ctx.chunk_size = solve, chunk_size
         ctx.save_for_backward(x, *matrices)
         return x, curvature
@@ -212,7 +214,7 @@ class _Whiten(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, x_gradient: Tensor, curvature_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
-        z, _ = _whiten(ctx.solve, ctx.chunk_size, x_gradient, *matrices, transposed=True)
+        z, _ = _whiten(ctx.solve, ctx.chunk_size, x_gradient, *matrices, transposed=False)
         needed = ctx.needs_input_grad[3:]
         leaves: list[Any] = [
             None if matrix is None else matrix.detach().requires_grad_(need)
@@ -221,11 +223,11 @@ class _Whiten(torch.autograd.Function):
         k, weight, log_decay, start, ridge = leaves
         with torch.enable_grad():
             image, curvature = linear_attention(
-                z, _weighted(k, weight), k, log_decay, initial_state=start, chunk_size=ctx.chunk_size, backend="torch"
+                x, _weighted(k, weight), k, log_decay, initial_state=start, chunk_size=ctx.chunk_size, backend="torch"
             )
             if ridge is not None:
-                image = image + ridge * z
-            total = (curvature * curvature_gradient).sum() - (image * x).sum()
+                image = image + ridge * x
+            total = (curvature * curvature_gradient).sum() - (image * z).sum()
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(total, wanted) if wanted else ())
         return None, None, z, *(next(found) if need else None for need in needed)
@@ -242,16 +244,16 @@ def _chosen(
     solvers: dict[Solver, Solve] = {
         "chunk": _by_chunks,
         "conjugate_gradients": partial(_by_conjugate_gradients, steps=steps, tolerance=tolerance),
-        "direct": _token_by_token,
+        "direct": _direct,
     }
     problem = f"a ridge that {'decays' if ridge_decays else 'stays'}"
     if not ridge_decays:
         del solvers["chunk"]
     if log_decay is not None and log_decay.ndim == 4:
         problem = "a decay per channel"
-        solvers = {"direct": _token_by_token}
+        solvers = {"direct": _direct}
     if solver == "auto":
-        return next(iter(solvers.values())) if time > FEW_TOKENS else _token_by_token
+        return next(iter(solvers.values())) if time > FEW_TOKENS else _direct
     if solver not in solvers:
         names = ", ".join(f'"{name}"' for name in ("auto", *solvers))
         raise ValueError(f"solver: expected one of {names} for {problem}, got {solver!r}")
@@ -287,14 +289,23 @@ def _whiten(
             None if ridge is None else ridge[:, None, None].expand(*chunks, 1, -1).flatten(0, 2),
             transposed,
         )
-        right = right.flatten(0, 2)
-        together = CHUNKS_TOGETHER if right.device.type == "cpu" else len(right)
-        parts = [slice(first, first + together) for first in range(0, len(right), together)]
-        x = torch.cat([solve(systems.part(part), right[part]) for part in parts])
-        return x.unflatten(0, chunks), curvature
+        return solve(systems, right.flatten(0, 2)).unflatten(0, chunks), curvature
 
     k = k if weight is None else weight.sqrt().unsqueeze(-1) * k
     return map_chunks(step, (right, k, log_decay), curvature, like=right, chunk_size=chunk_size)
+
+
+def _parts(systems: _Systems, right: Tensor) -> Iterator[tuple[_Systems, Tensor]]:
+    """The chunks and their right-hand sides, as many at a time as are solved together."""
+    count = max(len(right), 1)
+    together = CHUNKS_TOGETHER if right.device.type == "cpu" else count
+    for first in range(0, count, together):
+        part = slice(first, first + together)
+        yield systems.part(part), right[part]
+
+
+def _direct(systems: _Systems, right: Tensor) -> Tensor:
+    return torch.cat([_token_by_token(*part) for part in _parts(systems, right)])
 
 
 def _token_by_token(systems: _Systems, right: Tensor) -> Tensor:
@@ -322,7 +333,7 @@ def _factorised(matrix: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
     pivots = pivots.square() if symmetric else pivots.abs()
     lost = ((pivots <= rounding).any(-1) | (factors[-1] > 0)).nonzero().squeeze(-1)
     if len(lost):
-        floor = 2 * rounding[lost] + torch.finfo(matrix.dtype).tiny ** 0.5
+        floor = 4 * rounding[lost] + torch.finfo(matrix.dtype).tiny ** 0.5
         for factor, floored in zip(factors, factorise(matrix[lost] + torch.diag_embed(floor)), strict=True):
             factor[lost] = floored
     if symmetric:
@@ -331,33 +342,39 @@ def _factorised(matrix: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _by_chunks(systems: _Systems, right: Tensor) -> Tensor:
-    k, log_decay, start, *_ = systems
-    size, channels = k.shape[1:]
+    size = right.shape[1]
     if size <= FEW_TOKENS:
         return _token_by_token(systems, right)
-    decay = ChunkDecay(log_decay)
-    left = decay.since_start(torch.ones_like(k[..., :1]))
+    solved = [_woodbury(*part) for part in _parts(systems, right)]
+    x, accurate = (torch.cat(found) for found in zip(*solved, strict=True))
+    cut = (~accurate).nonzero().squeeze(-1)
+    if len(cut):
+        half = size // 2
+        first, second = (systems.part(cut, tokens) for tokens in (slice(half), slice(half, None)))
+        decay = ChunkDecay(first.log_decay)
+        left = decay.since_start(torch.ones_like(first.k[..., :1]))[:, -1:]
+        second = second._replace(start=left * first.start + decay.until_end(first.k).mT @ first.k)
+        x[cut] = torch.cat([_by_chunks(first, right[cut, :half]), _by_chunks(second, right[cut, half:])], dim=1)
+    return x
+
+
+def _woodbury(systems: _Systems, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunk form, and which of the chunks it solves accurately."""
+    k, log_decay, start, *_ = systems
+    left = ChunkDecay(log_decay).since_start(torch.ones_like(k[..., :1]))
     whitening = _inverse_factor(start)
     keys, queries = k @ whitening.mT, right @ whitening.mT
     overlap = keys @ keys.mT
     overlap.diagonal(dim1=-2, dim2=-1).add_(left.squeeze(-1))
     inverse = _inverse_factor(overlap)
     gains = inverse @ keys
-    x = queries - (queries @ gains.mT).tril_() @ gains
-
+    x = (queries - (queries @ gains.mT).tril_() @ gains) / left @ whitening
+    # How much either factor may cancel is measured: with more, answers blow up where float32 resolves little; with
+    # less, chunks are cut that are accurate.
     eps = torch.finfo(k.dtype).eps
-    most = eps**-0.3  # by how much a difference may be smaller than what it is taken of
-    kept = (queries.norm(dim=-1) <= most * x.norm(dim=-1)).all(-1) & (left[:, -1, 0] > eps)
-    kept &= (_cancellation(overlap, inverse) <= most) & (_cancellation(start, whitening) <= 1 / (channels * eps))
-    x = (x / left) @ whitening
-    cut = (~kept).nonzero().squeeze(-1)
-    if len(cut):
-        half = size // 2
-        first, second = (systems.part(cut, tokens) for tokens in (slice(half), slice(half, None)))
-        writes = ChunkDecay(first.log_decay).until_end(first.k).mT @ first.k
-        second = second._replace(start=left[cut, half - 1 : half] * first.start + writes)
-        x[cut] = torch.cat([_by_chunks(first, right[cut, :half]), _by_chunks(second, right[cut, half:])], dim=1)
-    return x
+    accurate = _cancellation(start, whitening) <= eps**-0.375
+    accurate &= (_cancellation(overlap, inverse) <= eps**-0.25) & (left[:, -1, 0] > eps)
+    return x, accurate
 
 
 def _cancellation(matrix: Tensor, inverse: Tensor) -> Tensor:
@@ -387,6 +404,13 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
 
 
 def _by_conjugate_gradients(systems: _Systems, right: Tensor, *, steps: int, tolerance: float) -> Tensor:
+    solved = [_iterate(*part, steps=steps, tolerance=tolerance) for part in _parts(systems, right)]
+    x, residuals = zip(*solved, strict=True)
+    warn_unless_converged(max(residuals), tolerance, steps)
+    return torch.cat(x)
+
+
+def _iterate(systems: _Systems, right: Tensor, *, steps: int, tolerance: float) -> tuple[Tensor, float]:
     k, log_decay, start, ridge, _ = systems
     decay = ChunkDecay(log_decay)
     left = decay.since_start(torch.ones_like(k[..., :1]))
@@ -402,4 +426,5 @@ def _by_conjugate_gradients(systems: _Systems, right: Tensor, *, steps: int, tol
         image = (stays * x).baddbmm_(left * x, start)
         return image.baddbmm_((x @ k.mT).mul_(between), k)
 
-    return unit * conjugate_gradients(multiply, unit * right, steps=steps, tolerance=tolerance)
+    x, residual = conjugate_gradients(multiply, unit * right, steps=steps, tolerance=tolerance)
+    return unit * x, residual

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
-from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, zero_state
+from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
 
 KERNEL_HEAD_SIZE = 256
 
@@ -40,7 +40,8 @@ def linear_attention(
         log_decay: :math:`\ell_t \le 0`, the natural log of the factor on the old state, one a head or one a
             channel of the key; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
-        chunk_size: tokens treated in one matrix product; changes the speed, not the result. The kernel has its own.
+        chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result. The
+            kernel has its own.
         backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
             "triton" force one.
 
@@ -79,7 +80,7 @@ def _without_kernel(q: Tensor, v: Tensor, log_decay: Tensor | None) -> str | Non
 def _in_torch(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    return map_chunks(_step, (q, k, v, log_decay), state, like=v, chunk_size=chunk_size)
+    return map_chunks(_step, (q, k, v, log_decay), state, like=v, chunk_size=chunk_size, token=_token)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,11 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
         state = factor * state + write
     y = decay.between(q, k) @ v + decay.since_start(q) @ torch.stack(starts, dim=2)
     return y, state
+
+
+def _token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    state = torch.addcmul(fade(state, log_decay), k.unsqueeze(-1), v.unsqueeze(-2))
+    return (q.unsqueeze(-2) @ state).squeeze(-2), state
 
 
 class _TritonForward(torch.autograd.Function):

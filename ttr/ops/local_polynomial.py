@@ -37,6 +37,10 @@ class PastPairs(NamedTuple):
     log_decay: Float[Tensor, "batch past heads"] | None = None
     weight: Float[Tensor, "batch past heads"] | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> PastPairs:
+        """The pairs with the function applied to each tensor."""
+        return PastPairs(function(self.k), function(self.v), *(None if x is None else function(x) for x in self[2:]))
+
 
 def local_polynomial(
     q: Float[Tensor, "batch time heads key"],
@@ -52,7 +56,7 @@ def local_polynomial(
     similarity: Similarity = "exponential",
     probe: Float[Tensor, "batch time heads key"] | None = None,
     solver: Solver = "auto",
-    steps: int = 100,
+    steps: int = 200,
     tolerance: float | None = None,
     initial_state: PastPairs | None = None,
     chunk_size: int = 128,
@@ -86,7 +90,8 @@ def local_polynomial(
         probe: what stands at degree 1 in the place of :math:`(\operatorname{Cov} + \lambda I)^{-1}(q - \mathbb E k)`,
             so that nothing is solved. Parallax's own probe is this one's negative.
         solver: of degree 1. "direct" factorises each query's covariance, "conjugate_gradients" only the mean of a
-            block's; "auto" is direct for small keys, and elsewhere where conjugate gradients are slow.
+            block's; "auto" is direct for up to 8 channels, and elsewhere for the queries that K steps leave
+            unsolved.
         steps: the most conjugate gradient steps; a direct solve also takes one or two, against rounding.
         tolerance: where they stop, the relative residual; None is ten units of rounding.
         initial_state: the pairs before the first; None for no pair.
@@ -114,24 +119,18 @@ def local_polynomial(
     if q.shape[1] == 0:
         return v, _kept(pairs, window)
 
-    dtype = state_dtype(v)
+    # At degree 2 products of four channels cancel.
+    dtype = torch.float64 if degree == 2 else state_dtype(v)
     tolerance = 10 * torch.finfo(dtype).eps if tolerance is None else tolerance
     how = Settings(chunk_size, window, solver, steps, tolerance)
     with without_autocast(v):
-        wide = PastPairs(*(None if x is None else x.to(dtype).transpose(1, 2) for x in pairs))
-        query, slope = (None if x is None else x.to(dtype).transpose(1, 2) for x in (q, probe))
-        # Only differences of keys count; measured from one of them, large common parts cancel without rounding.
-        origin = wide.k[:, :, :1].detach()
-        wide = wide._replace(k=wide.k - origin)
-        target = query - origin
-        if similarity == "gaussian":
-            query = target
+        fit = _prepared(q, pairs, bandwidth, similarity, dtype)
         if degree == 0:
-            y = _constant(query, wide, bandwidth, similarity, how)
+            y = _constant(fit, how, only_kernel=log_decay is None and weight is None)
         elif degree == 1:
-            y = _linear(query, target, wide, bandwidth, similarity, ridge, slope, how)
+            y = _linear(fit, how, ridge, probe)
         else:
-            y = _quadratic(query, target, wide, bandwidth, similarity, ridge, how)
+            y = _quadratic(fit, how, ridge)
     return y.transpose(1, 2).to(v.dtype), _kept(pairs, window)
 
 
@@ -208,112 +207,111 @@ def _check_tensors(
 def _joined(past: PastPairs | None, new: PastPairs) -> PastPairs:
     if past is None:
         return new
-    return PastPairs(*(None if x is None else torch.cat([old, x], 1) for old, x in zip(past, new, strict=True)))
+    names = (name for name, x in new._asdict().items() if x is not None)
+    return PastPairs(**{name: torch.cat([getattr(past, name), getattr(new, name)], dim=1) for name in names})
 
 
 def _kept(pairs: PastPairs, window: int | None) -> PastPairs:
-    if window is None:
-        return pairs
-    first = max(0, pairs.k.shape[1] - window + 1)
-    return PastPairs(*(None if x is None else x[:, first:] for x in pairs))
+    first = 0 if window is None else max(0, pairs.k.shape[1] - window + 1)
+    return pairs.map(lambda x: x[:, first:])
 
 
-def _biases(pairs: PastPairs, bandwidth: float, similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
-    """The float64 running sum of the decay, and what a key alone adds to its log-weight; (batch, heads, pairs)."""
-    elapsed = None if pairs.log_decay is None else pairs.log_decay.double().cumsum(-1)
+class _Fit(NamedTuple):
+    """What all degrees see, (batch, heads, time or pairs, …).
+
+    The log-weight of a pair is q_t·k_i + elapsed_t − elapsed_i + key_bias_i; the polynomial is read at the target.
+    """
+
+    q: Tensor
+    target: Tensor
+    k: Tensor
+    v: Tensor
+    elapsed: Tensor | None
+    key_bias: Tensor | None
+
+
+def _prepared(q: Tensor, pairs: PastPairs, bandwidth: float, similarity: Similarity, dtype: torch.dtype) -> _Fit:
+    query, k, v = (x.to(dtype).transpose(1, 2) for x in (q, pairs.k, pairs.v))
+    log_decay, weight = (None if x is None else x.to(dtype).transpose(1, 2) for x in pairs[2:])
+    # Only differences of keys count; measured from one of them, large common parts cancel without rounding.
+    origin = k[:, :, :1].detach()
+    k, target = k - origin, query - origin
     biases = []
     if similarity == "gaussian":
-        biases.append(-pairs.k.square().sum(-1) / (2 * bandwidth**2))
-    if pairs.weight is not None:
-        given = pairs.weight > 0
-        biases.append(torch.where(given, torch.where(given, pairs.weight, 1).log(), -torch.inf))
-    return elapsed, sum(biases[1:], biases[0]) if biases else None
+        query = target
+        biases.append(-k.square().sum(-1) / (2 * bandwidth**2))
+    if weight is not None:
+        given = weight > 0
+        biases.append(torch.where(given, torch.where(given, weight, 1).log(), -torch.inf))
+    elapsed = None if log_decay is None else log_decay.double().cumsum(-1)
+    return _Fit(query / bandwidth**2, target, k, v, elapsed, sum(biases[1:], biases[0]) if biases else None)
 
 
-def _by_blocks(
-    compute: Callable[..., Tensor],
-    q: Tensor,
-    pairs: PastPairs,
-    bandwidth: float,
-    similarity: Similarity,
-    how: Settings,
-    size: int,
-) -> Tensor:
-    """`compute(queries, log_factors, keys, values)` for blocks of queries; done again where a gradient needs it."""
-    elapsed, key_bias = _biases(pairs, bandwidth, similarity)
-    past = pairs.k.shape[2] - q.shape[2]
+def _by_blocks(compute: Callable[..., Tensor], fit: _Fit, how: Settings, size: int) -> Tensor:
+    """`compute(q, target, k, v, log_factors)` for blocks of queries; done again where a gradient needs it."""
 
-    def block(rows: slice, columns: slice, *tensors: Tensor | None) -> Tensor:
-        q, k, v, elapsed, key_bias = tensors
-        assert q is not None and k is not None and v is not None
+    def block(
+        rows: slice,
+        columns: slice,
+        q: Tensor,
+        target: Tensor,
+        k: Tensor,
+        v: Tensor,
+        elapsed: Tensor | None,
+        key_bias: Tensor | None,
+    ) -> Tensor:
         factors = log_factors(rows, columns, how.window, elapsed, key_bias, q)
         nothing = factors.isneginf().all(-1, keepdim=True)
-        y = compute(q[..., rows, :], factors.masked_fill(nothing, 0), k[..., columns, :], v[..., columns, :])
-        return y.masked_fill(nothing, 0)
+        seen = k[..., columns, :], v[..., columns, :], factors.masked_fill(nothing, 0)
+        return compute(q[..., rows, :], target[..., rows, :], *seen).masked_fill(nothing, 0)
 
-    tensors = q, pairs.k, pairs.v, elapsed, key_bias
-    outputs = [
-        checkpoint(block, rows, columns, *tensors, use_reentrant=False, preserve_rng_state=False)
-        for rows, columns in spans(past, q.shape[2], how.window, size)
-    ]
+    time = fit.q.shape[2]
+    blocks = spans(fit.k.shape[2] - time, time, how.window, size)
+    outputs = [checkpoint(block, *where, *fit, use_reentrant=False, preserve_rng_state=False) for where in blocks]
     return torch.cat(outputs, dim=2)
 
 
-def _constant(q: Tensor, pairs: PastPairs, bandwidth: float, similarity: Similarity, how: Settings) -> Tensor:
-    key, value = q.shape[-1], pairs.v.shape[-1]
-    scale = bandwidth**-2
-    time, seen = q.shape[2], pairs.k.shape[2]
-    everything = time == 1 and (how.window is None or seen <= how.window)
-    if pairs.log_decay is None and pairs.weight is None and (everything or (how.window is None and time == seen)):
-        k = pairs.k
-        if similarity == "gaussian":  # −‖k‖²/2 as one more channel
-            q, k = pad(q, (0, 1), value=1.0), torch.cat([k, -k.square().sum(-1, keepdim=True) / 2], dim=-1)
-            key += 1
-        # Its fast form takes keys and values of one size.
-        size = max(key, value)
-        q, k, v = (pad(x, (0, size - x.shape[-1])) for x in (q, k, pairs.v))
-        return scaled_dot_product_attention(q, k, v, is_causal=not everything, scale=scale)[..., :value]
-
-    def attend(q: Tensor, factors: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        size = max(key, value)
-        q, k, v = (pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
-        factors = factors.expand(*q.shape[:2], *factors.shape[-2:])
-        return scaled_dot_product_attention(q, k, v, attn_mask=factors, scale=scale)[..., :value]
-
-    return _by_blocks(attend, q, pairs, bandwidth, similarity, how, how.chunk_size)
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """SDPA, whose fast form takes queries, keys and values of one size."""
+    value, more = v.shape[-1], v.shape[-1] - k.shape[-1]
+    if more > 0:
+        q, k = pad(q, (0, more)), pad(k, (0, more))
+    elif more < 0:
+        v = pad(v, (0, -more))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0)[..., :value]
 
 
-def _linear(
-    q: Tensor,
-    target: Tensor,
-    pairs: PastPairs,
-    bandwidth: float,
-    similarity: Similarity,
-    ridge: Tensor | None,
-    probe: Tensor | None,
-    how: Settings,
-) -> Tensor:
-    batch, heads = q.shape[:2]
-    tensors = q / bandwidth**2, pairs.k, pairs.v, target, probe, *_biases(pairs, bandwidth, similarity)
-    q, k, v, target, probe, elapsed, key_bias = (None if x is None else x.flatten(0, 1) for x in tensors)
+def _constant(fit: _Fit, how: Settings, only_kernel: bool) -> Tensor:
+    q, _, k, v, _, key_bias = fit
+    time, pairs = q.shape[2], k.shape[2]
+    all_seen = time == 1 and (how.window is None or pairs <= how.window)
+    if only_kernel and (all_seen or (how.window is None and time == pairs)):
+        if key_bias is not None:
+            q, k = pad(q, (0, 1), value=1.0), torch.cat([k, key_bias.unsqueeze(-1)], dim=-1)
+        return _attention(q, k, v, None, is_causal=not all_seen)
+
+    def mean(q: Tensor, _: Tensor, k: Tensor, v: Tensor, factors: Tensor) -> Tensor:
+        return _attention(q, k, v, factors.expand(*q.shape[:2], *factors.shape[-2:]), is_causal=False)
+
+    return _by_blocks(mean, fit, how, how.chunk_size)
+
+
+def _linear(fit: _Fit, how: Settings, ridge: Tensor | None, probe: Tensor | None) -> Tensor:
+    batch, heads = fit.q.shape[:2]
+    probe = None if probe is None else probe.to(fit.k.dtype).transpose(1, 2)
+    q, target, k, v = (x.flatten(0, 1) for x in fit[:4])
+    elapsed, key_bias, probe = (None if x is None else x.flatten(0, 1) for x in (*fit[4:], probe))
+    if q.shape[1] > 1:  # products with one query would not repay the copies
+        k, v = k.contiguous(), v.contiguous()
     if ridge is not None:
         ridge = ridge.to(k.dtype).repeat(batch)[:, None, None]
-    y = LocalLinear.apply(q, k, v, None if ridge is None else target, ridge, probe, elapsed, key_bias, how)
-    return y.unflatten(0, (batch, heads))
+    return LocalLinear.apply(q, k, v, target, ridge, probe, elapsed, key_bias, how).unflatten(0, (batch, heads))
 
 
-def _quadratic(
-    q: Tensor,
-    target: Tensor,
-    pairs: PastPairs,
-    bandwidth: float,
-    similarity: Similarity,
-    ridge: Tensor | None,
-    how: Settings,
-) -> Tensor:
-    batch, heads, time, key = q.shape
+def _quadratic(fit: _Fit, how: Settings, ridge: Tensor | None) -> Tensor:
+    batch, heads, time, key = fit.q.shape
     monomials = key + key * (key + 1) // 2
-    needed = 8 * batch * heads * min(how.chunk_size, time) * (1 + monomials) ** 2
+    needed = fit.q.element_size() * batch * heads * min(how.chunk_size, time) * (1 + monomials) ** 2
     if needed > QUADRATIC_BYTES:
         raise ValueError(
             f"degree: expected 0 or 1 for {key} channels, {batch} × {heads} heads and chunk_size {how.chunk_size}; "
@@ -321,24 +319,21 @@ def _quadratic(
             f"{QUADRATIC_BYTES / 2**30:.0f} GiB, got 2"
         )
     assert ridge is not None
-    row, column = torch.triu_indices(key, key, device=q.device)
-    norm = torch.full(row.shape, 2**0.5, dtype=torch.float64, device=q.device).masked_fill_(row == column, 1)
-    penalty = torch.diag_embed(ridge.double()[:, None].expand(heads, monomials))[:, None]
+    row, column = torch.triu_indices(key, key, device=ridge.device)
+    norm = torch.full(row.shape, 2**0.5, dtype=fit.q.dtype, device=ridge.device).masked_fill_(row == column, 1)
+    penalty = torch.diag_embed(ridge.to(norm.dtype)[:, None].expand(heads, monomials))[:, None]
 
-    def fit(q_and_target: Tensor, factors: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, target = q_and_target.split(key, dim=-1)
-        # Products of four channels cancel here: float64, whatever the input.
-        weights = (q @ k.mT / bandwidth**2 + factors).softmax(-1).unsqueeze(-1)
+    def intercept(q: Tensor, target: Tensor, k: Tensor, v: Tensor, factors: Tensor) -> Tensor:
+        weights = (q @ k.mT + factors).softmax(-1).unsqueeze(-1)
         offset = k.unsqueeze(2) - target.unsqueeze(3)
         features = torch.cat([offset, norm * offset[..., row] * offset[..., column]], dim=-1)
         mean = (weights * features).sum(-2, keepdim=True)
         features = features - mean
         weighted = weights * features
         factor = torch.linalg.cholesky(weighted.mT @ features + penalty)
-        slope = -torch.cholesky_solve(mean.mT, factor)
-        return ((weights + weighted @ slope).mT @ v.unsqueeze(2)).squeeze(-2)
+        slope = torch.cholesky_solve(mean.mT, factor)
+        return ((weights - weighted @ slope).mT @ v.unsqueeze(2)).squeeze(-2)
 
-    size = max(1, min(how.chunk_size, QUADRATIC_FEATURES // (batch * heads * pairs.k.shape[2] * monomials)))
-    both = torch.cat([q, target], dim=-1).double()
-    double = PastPairs(*(None if x is None else x.double() for x in pairs))
-    return _by_blocks(fit, both, double, bandwidth, similarity, how, size).to(q.dtype)
+    pairs = fit.k.shape[2] if how.window is None else min(fit.k.shape[2], how.window)
+    size = max(1, min(how.chunk_size, QUADRATIC_FEATURES // (batch * heads * pairs * monomials)))
+    return _by_blocks(intercept, fit, how, size)

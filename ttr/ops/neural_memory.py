@@ -167,8 +167,8 @@ def neural_memory(
         q = torch.cat([q.new_zeros(*q.shape[:2], waiting, q.shape[-1]), q], dim=2)
     rule = _Rule(
         norm=None if norm is None else _networks.Norm(*(x.to(dtype)[:, None, None, :] for x in norm)),
-        influence=partial(_networks.INFLUENCES[loss], power=power),
-        mirror=None if retention == "l2" else partial(_networks.MIRRORS[retention], q=retention_norm),
+        influence=lambda error, threshold: _networks.INFLUENCES[loss](error, threshold, power),
+        mirror=None if retention == "l2" else lambda x: _networks.MIRRORS[retention](x, retention_norm),
         average=average,
         window=window,
         orthogonalize=orthogonalize,
@@ -189,7 +189,7 @@ def _run(rule: _Rule, tokens: Tokens, memory: _Memory, batch: int, chunk_size: i
     for start in range(0, len(batches), stride):
         chunk = batches[start : start + stride]
         if torch.is_grad_enabled() and len(batches) > stride:
-            y, memory = checkpoint(_steps, rule, chunk, memory, use_reentrant=False)
+            y, memory = checkpoint(_steps, rule, chunk, memory, use_reentrant=False, preserve_rng_state=False)
         else:
             y, memory = _steps(rule, chunk, memory)
         outputs.append(y)

@@ -88,7 +88,7 @@ def online_em(
     with without_autocast(v):
         for chunk in chunks:
             if torch.is_grad_enabled() and v.shape[1] > chunk_size:
-                y, state = checkpoint(_steps, chunk, state, use_reentrant=False)
+                y, state = checkpoint(_steps, chunk, state, use_reentrant=False, preserve_rng_state=False)
             else:
                 y, state = _steps(chunk, state)
             outputs.append(y)

@@ -21,6 +21,8 @@ def decayed_sum(
     """
     if log_decay is None:
         return initial.unsqueeze(1) + x.cumsum(1)
+    if x.shape[1] == 1:
+        return torch.addcmul(x, log_decay.to(initial.dtype).exp(), initial.unsqueeze(1))
     total = torch.cat([initial.unsqueeze(1), x], dim=1)
     elapsed = torch.nn.functional.pad(log_decay.double(), (0, 0) * (x.ndim - 2) + (1, 0))
     stride = 1
