@@ -12,9 +12,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ttr import ops
-from ttr.ops.least_squares import least_squares
-from ttr.ops.local_polynomial import local_polynomial
-from ttr.ops.neural_memory import neural_memory
 
 Direction = Literal["forward", "forward+backward"]
 
@@ -147,7 +144,7 @@ def attention(x: Tensors) -> Tensor:
 
 
 def local_linear(x: Tensors, solver: Literal["auto", "conjugate_gradients", "direct"]) -> Tensor:
-    return local_polynomial(x.q, x.k, x.v, 1, BANDWIDTH, x.per_head(0.5), solver=solver, tolerance=x.tolerance)[0]
+    return ops.local_polynomial(x.q, x.k, x.v, 1, BANDWIDTH, x.per_head(0.5), solver=solver, tolerance=x.tolerance)[0]
 
 
 def preconditioned(x: Tensors) -> Tensor:
@@ -162,19 +159,21 @@ def momentum(x: Tensors) -> Tensor:
 
 
 def decayed_least_squares(x: Tensors, *, ridge_decays: bool) -> Tensor:
-    return least_squares(
+    return ops.least_squares(
         x.q, x.k, x.v, x.per_head(0.25), x.log_decay, ridge_decays=ridge_decays, tolerance=x.tolerance
     )[0]
 
 
 def network(x: Tensors, *weights: Tensor) -> Tensor:
     """A network around which the key is carried, with a layer norm, in the mini-batches of TTT."""
-    y, _ = neural_memory(x.q, x.k, x.v - x.k, weights, x.step_size / DIM, norm=x.norm(), batch=MINI_BATCH, average=True)
+    y, _ = ops.neural_memory(
+        x.q, x.k, x.v - x.k, weights, x.step_size / DIM, norm=x.norm(), batch=MINI_BATCH, average=True
+    )
     return y
 
 
 def titans(x: Tensors) -> Tensor:
-    y, _ = neural_memory(
+    y, _ = ops.neural_memory(
         x.q,
         x.k,
         x.v - x.k,
@@ -306,7 +305,7 @@ OPS = (
     Op(
         "local_polynomial, degree 0",
         "quadratic",
-        lambda x: local_polynomial(x.q, x.k, x.v, 0, BANDWIDTH)[0],
+        lambda x: ops.local_polynomial(x.q, x.k, x.v, 0, BANDWIDTH)[0],
         each_pair(4 * DIM),
         forward=UP_TO_8192,
         batch=1,
@@ -315,7 +314,7 @@ OPS = (
     Op(
         "local_polynomial, Parallax",
         "quadratic",
-        lambda x: local_polynomial(x.q, x.k, x.v, 1, BANDWIDTH, probe=x.probe)[0],
+        lambda x: ops.local_polynomial(x.q, x.k, x.v, 1, BANDWIDTH, probe=x.probe)[0],
         each_pair(6 * DIM),
         forward=UP_TO_8192,
         batch=1,

@@ -22,11 +22,13 @@ LARGEST_ERROR = 1e-3
 SQUARE = 2048
 STEP = {"batch": 1, "heads": 8, "key": DIM, "value": DIM}
 
-# Memories that an update of fixed size carries on, and whose state is all that they know of the past.
+# Sums and error-correcting updates of a linear map, which is all that they know of the past.
 STREAMING = [
     slug
     for slug, design in ttr.atlas.items()
-    if design.weights.recursive and isinstance(design.optimizer, ttr.Hebbian | ttr.GradientDescent)
+    if design.weights.recursive
+    and isinstance(design.regressor, ttr.Linear)
+    and isinstance(design.optimizer, ttr.Hebbian | ttr.GradientDescent)
 ]
 
 

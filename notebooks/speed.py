@@ -122,7 +122,7 @@ local = "; ".join(f"{name}: {figures.ratio(op, record.ATTENTION, 2048, batch=1):
 Markdown(
     f"Cheaper than softmax attention in a forward: {listed('forward')}. With the backward pass: "
     f"{listed('forward+backward')}. Twice the length costs the recurrent memories in the left panel at most "
-    f"{growth:.2f} times as much. How many times as long as attention the local polynomials take at 2048 tokens: {local}."
+    f"{growth:.2f} times as much. At 2048 tokens the local polynomials take so many times as long as attention: {local}."
 )
 
 # %% [markdown]
@@ -159,7 +159,7 @@ def table(caption, header, rows):
         for name, *cells in rows
     )
     return HTML(
-        f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="table">'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

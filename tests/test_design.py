@@ -95,6 +95,15 @@ CLASHING = [
         {"weights": Kernel(), "regressor": LocalPolynomial(1), "optimizer": Exact(ridge_decays=False)},
         "clashes with optimizer=Exact(ridge_decays=False): a local fit's ridge",
     ),
+    ({"regressor": ttr.MLP()}, "regressor=MLP() clashes with optimizer=Hebbian(): a network has no closed form"),
+    ({"regressor": ttr.Mixture()}, "regressor=Mixture() clashes with optimizer=Hebbian(): shares of an error"),
+    ({"regressor": ttr.MLP(), "optimizer": GradientDescent(NLMS())}, "this step is that of a linear map"),
+    (
+        {"weights": Decay(per="channel"), "regressor": ttr.MLP(), "optimizer": GradientDescent()},
+        "a step is weighed as a whole",
+    ),
+    ({"optimizer": GradientDescent(batch=2, average=True, momentum=True)}, "two ways to smooth"),
+    ({"optimizer": GradientDescent(), "retention": ttr.KL()}, "regressor=Linear() clashes with retention=KL()"),
     ({"optimizer": Probe()}, "regressor=Linear() clashes with optimizer=Probe()"),
     ({"regressor": LocalPolynomial(1)}, "regressor=LocalPolynomial(degree=1) clashes with optimizer=Hebbian()"),
     (

@@ -132,7 +132,7 @@ def test_the_fallback_keeps_dtype_and_causality_and_differentiates(design: Desig
 
 
 def test_a_design_without_an_op_says_so_once() -> None:
-    design = Design(optimizer=GradientDescent(), loss=Huber(0.123))
+    design = Design(optimizer=GradientDescent(NLMS()), loss=Huber(0.123))
     *qkv, inputs = sample(design, 3)
     _warn_slow.cache_clear()
     with pytest.warns(SlowPathWarning, match=re.escape("loss=Huber(delta=0.123)")):

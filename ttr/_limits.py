@@ -156,6 +156,7 @@ def _descends(design: Design, gain: type, **values: object) -> bool:
     return (
         isinstance(optimizer, GradientDescent)
         and isinstance(optimizer.gain, gain)
+        and optimizer.batch == 1
         and all(getattr(optimizer, name) == value for name, value in values.items())
     )
 

@@ -236,8 +236,9 @@ def _gradient_descent(
         for key, value, size in zip(k[:, t].unbind(1), v[:, t].unbind(1), step_size[:, t].unbind(1), strict=True):
             size = size * importance[:, t]
 
-            def loss(memory: Tensor, key: Tensor = key, value: Tensor = value) -> Tensor:
-                return design.loss(value - _read(memory, key)).sum()
+            def loss(memory: Tensor, key: Tensor = key, value: Tensor = value, t: int = t) -> Tensor:
+                settings = {name: inputs[name][:, t].unsqueeze(-1) for name in design.loss.inputs}
+                return design.loss(value - _read(memory, key), **settings).sum()
 
             gradient = torch.func.grad(loss)(memory)
             curvature = curvature + importance[:, t].unsqueeze(-1) * key.square()

@@ -83,6 +83,10 @@ CASES = {
     "muon on a linear map": Case(
         Design(Uniform(), Linear(), Muon(window=2, iterations=2)), {"window": 2, "orthogonalize": 2}
     ),
+    "muon under huber": Case(
+        Design(Uniform(), Linear(), Muon(window=2, iterations=2), Huber(None)),
+        {"window": 2, "orthogonalize": 2, "loss": "huber"},
+    ),
     "robust delta rule": Case(Design(Decay(), Linear(), GradientDescent(), Huber(None)), {"loss": "huber"}),
     "delta rule in batches": Case(Design(Decay(), Linear(), IN_BATCHES), {"batch": 4}),
 }
