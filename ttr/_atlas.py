@@ -192,7 +192,7 @@ CELLS: dict[str, tuple[Choice, ...]] = {
     ),
     "regressor": (
         Linear(), _elu, _random, _taylor,
-        _constant, _slope, _curve, NormalizedLinear(), MLP(), Mixture(),
+        _constant, _slope, _curve, NormalizedLinear(), MLP(), MLP(Quadratic()), Mixture(),
     ),
     "optimizer": (
         Hebbian(), _normalized, Hebbian(normalize=True, floor=1.0),

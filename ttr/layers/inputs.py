@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from ttr._choices import KL, Exact
+from ttr._choices import KL, MLP, Exact, Network
 from ttr._design import Design
 
 
@@ -69,6 +69,16 @@ class LogDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return -self.rate(x) * self.time_step(x)
+
+
+class SlowLogDecay(_Projection):
+    """log α = log σ(Wx + b), starting at α = 0.99: a network that fades leaves its layer norm little to divide by."""
+
+    def initial_bias(self, size: int) -> Tensor:
+        return torch.full((size,), math.log(99))
+
+    def squash(self, x: Tensor) -> Tensor:
+        return logsigmoid(x)
 
 
 class FixedLogDecay(nn.Module):
@@ -228,6 +238,7 @@ MODULES: dict[tuple[str, str], type[nn.Module]] = {
     ("w2", ""): Weights,
 }
 
+OF_NETWORKS: dict[tuple[str, str], type[nn.Module]] = {("log_decay", "time"): SlowLogDecay}
 
 # An exact fit's least ridge is that of von Oswald et al. (2025).
 LEAST_RIDGE = 0.25
@@ -239,11 +250,16 @@ def input_modules(design: Design, d_model: int, sizes: dict[str, int], max_step_
     least_ridge = LEAST_RIDGE if isinstance(design.optimizer, Exact) else max_step_size / 2
     # Keys have unit length, hidden units about the square root of their number; a distribution's logarithms are free.
     hidden = 1.0 if isinstance(design.retention, KL) else sizes.get("hidden", 1) ** 0.5
+    if isinstance(design.regressor, MLP):
+        # So that a step takes a share of the error and no more: about 0.4 · hidden of its step size, and TTT-MLP's own
+        # 0.1/K. Sun et al. (2024), section 2.7.
+        max_step_size = 0.1 * max_step_size / sizes["value"]
     settings = {"step_size": {"largest": max_step_size}, "ridge": {"least": least_ridge}}
     settings |= {"w1": {"length": 1.0}, "w2": {"length": hidden}}
+    known = MODULES | (OF_NETWORKS if isinstance(design.regressor, Network) else {})
     modules = {}
     for name, axes in design.inputs.items():
         varies = next((axis for axis in ("time", "pair") if axis in axes.split()), "")
         shape = tuple(sizes[axis] for axis in axes.split() if axis not in ("batch", "time"))
-        modules[name] = MODULES[name, varies](d_model, shape, **settings.get(name, {}))
+        modules[name] = known[name, varies](d_model, shape, **settings.get(name, {}))
     return nn.ModuleDict(modules)
