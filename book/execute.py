@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = ROOT / "notebooks"
 CACHE = ROOT / "_build" / ".execute"
 GOLDEN = ROOT / "tests" / "golden"
-IMPORTED = ("ttr", "kernels", "configs")
+IMPORTED = ("ttr", "kernels", "configs", "benchmarks")
 VERSIONED = ("torch", "triton", "numpy", "matplotlib", "lightning")
 
 # The parameters that every chapter has, the default first.

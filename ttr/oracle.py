@@ -73,9 +73,10 @@ def _solve(design: Design, tensors: Prepared, state: State | None) -> tuple[Tens
         state = check_state(design, state, streaming_axes(design), tensors)
         if design.descends_networks or isinstance(optimizer, OnlineEM):
             return neural(design, tensors, state)
-        if isinstance(optimizer, GradientDescent):
-            return _gradient_descent(design, optimizer, tensors, state)
-        return _hebbian(design, optimizer, tensors, state)
+        if isinstance(optimizer, Hebbian):
+            return _hebbian(design, optimizer, tensors, state)
+        assert isinstance(optimizer, GradientDescent)
+        return _gradient_descent(design, optimizer, tensors, state)
 
     state = check_state(design, state, history_axes(design), tensors)
     tensors, history = _with_history(design, tensors, state.history)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,12 +74,39 @@ def map_chunks(
             if size == 1 and token is not None:
                 for each in zip(*([None] * chunks if x is None else x.unbind(1) for x in piece), strict=True):
                     output, state = token(*each, state)
-                    outputs.append(output.unsqueeze(1).to(like.dtype))
+                    outputs.append(output.unflatten(2, (1, 1, -1)))
                 continue
             chunked = [None if x is None else x.unflatten(1, (chunks, size)).movedim(3, 1).contiguous() for x in piece]
             output, state = step(*chunked, state)
-            outputs.append(output.movedim(1, 3).flatten(1, 2).to(like.dtype))
-        return torch.cat(outputs or [like[:, :0]], dim=1), state
+            outputs.append(output)
+        return _InTime.apply(like.dtype, *outputs) if outputs else like[:, :0], state
+
+
+class _InTime(torch.autograd.Function):
+    """Spans of outputs, (batch, heads, chunks, chunk, …), written once into (batch, time, heads, …)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *spans: Tensor) -> Tensor:
+        batch, heads, _, _, *rest = spans[0].shape
+        y = spans[0].new_empty(batch, sum(x.shape[2] * x.shape[3] for x in spans), heads, *rest, dtype=dtype)
+        start = 0
+        for x in spans:
+            stop = start + x.shape[2] * x.shape[3]
+            y[:, start:stop].unflatten(1, x.shape[2:4]).copy_(x.movedim(1, 3))
+            start = stop
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype, ctx.spans = inputs[1].dtype, [x.shape[2:4] for x in inputs[1:]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = gradient.to(ctx.dtype).split([chunks * size for chunks, size in ctx.spans], dim=1)
+        unflat = (x.unflatten(1, span).movedim(3, 1) for x, span in zip(pieces, ctx.spans, strict=True))
+        return None, *(x.contiguous() for x in unflat)
 
 
 def _spans(time: int, chunk_size: int, at_once: int, shortest: int) -> Iterator[tuple[int, int]]:
