@@ -52,7 +52,10 @@ OF_THE_QUERY = ("probe",)
 
 
 class Prepared(NamedTuple):
-    """Queries and keys as features, values, the design's inputs, and queries and keys as they came; all checked."""
+    """Queries and keys as features, values, the design's inputs, and queries and keys as they came; all checked.
+
+    `sizes` has the size of each axis that is named in the design's inputs, or is one of q, k and v.
+    """
 
     q: Tensor
     k: Tensor
@@ -60,6 +63,7 @@ class Prepared(NamedTuple):
     inputs: dict[str, Tensor]
     raw_q: Tensor
     raw_k: Tensor
+    sizes: Mapping[str, int] = {}
 
 
 def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]) -> Prepared:
@@ -103,7 +107,7 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
         )
     for name, tensor in inputs.items():
         check_range(name, tensor, **RANGES[name])
-    return Prepared(tensors["q"], tensors["k"], v, dict(inputs), q, k)
+    return Prepared(tensors["q"], tensors["k"], v, dict(inputs), q, k, sizes | {"raw": k.shape[-1]})
 
 
 def check_state(design: Design, state: State | None, axes: Mapping[str, str], tensors: Prepared) -> State:
@@ -123,12 +127,8 @@ def check_state(design: Design, state: State | None, axes: Mapping[str, str], te
     if unused or (state.history and set(given) != set(axes)):
         takes = ", ".join(axes)
         raise ValueError(f"state: expected {takes} to go on with {design}, got {', '.join(given)}")
-    check_shapes(
-        q=(tensors.q, "batch time heads key"),
-        raw_q=(tensors.raw_q, "batch time heads raw"),
-        v=(tensors.v[:, :, 0] if tensors.v.ndim == 5 else tensors.v, "batch time heads value"),
-        **{f"state.{name}": (x, axes[name]) for name, x in given.items()},
-    )
+    pairs = "batch time heads value" if tensors.v.ndim == 4 else "batch time steps heads value"
+    check_shapes(tensors.sizes, v=(tensors.v, pairs), **{f"state.{name}": (x, axes[name]) for name, x in given.items()})
     return state
 
 
@@ -144,7 +144,7 @@ def streaming_axes(design: Design) -> dict[str, str]:
     if normalized and "log_input_gate" in design.inputs:
         axes["log_scale"] = "batch heads"
     if isinstance(optimizer, Exact):
-        axes = {"curvature": "batch heads key other_key", "cross": "batch heads key value"}
+        axes = {"curvature": "batch heads key key", "cross": "batch heads key value"}
     if isinstance(optimizer, GradientDescent):
         if optimizer.momentum:
             axes["momentum"] = "batch heads key value"

@@ -30,7 +30,7 @@ def _network(design: Design, tensors: Prepared, state: State) -> tuple[Tensor, S
 
     The state is the memory with which the started batch began, and that batch's tokens: going on takes them again.
     """
-    _, k, v, inputs, raw_q, _ = tensors
+    _, k, v, inputs, raw_q, *_ = tensors
     optimizer, muon = design.optimizer, isinstance(design.optimizer, Muon)
     batch, window = getattr(optimizer, "batch", 1), getattr(optimizer, "window", 1)
     average, has_momentum = getattr(optimizer, "average", False), getattr(optimizer, "momentum", muon)
@@ -100,7 +100,7 @@ def _network(design: Design, tensors: Prepared, state: State) -> tuple[Tensor, S
 
 def _tokens(design: Design, tensors: Prepared, window: int) -> tuple[Named, list[str]]:
     """What comes with every token, by the names of `ttr.ops.neural_memory`, and which of it a pair's loss needs."""
-    _, k, v, inputs, _, raw_k = tensors
+    _, k, v, inputs, _, raw_k, _ = tensors
     log_decay, weight = forgetting(design.weights, inputs, k)
     if window > 1 and weight is None:
         weight = torch.ones_like(inputs["step_size"])

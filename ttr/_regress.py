@@ -155,7 +155,7 @@ def _descends_plainly(design: Design) -> bool:
 
 
 def _descent(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
-    q, k, v, inputs, raw_q, raw_k = tensors
+    q, k, v, inputs, raw_q, raw_k, _ = tensors
     optimizer, regressor, loss, retention = design.optimizer, design.regressor, design.loss, design.retention
     log_decay, importance = forgetting(design.weights, inputs, k)
     if isinstance(regressor, Network):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_shapes(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Hold each `name=(tensor, "axes")` to its axes; the first tensor that has an axis fixes its size.
+def check_shapes(known: Mapping[str, int] | None = None, /, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Hold each `name=(tensor, "axes")` to its axes; the first tensor that has an axis not `known` fixes its size.
 
     A `None` tensor is passed over. All tensors must be floating point, of one dtype (float32 states beside
     half-precision sequences are welcome) and on one device. Returns the axis sizes. Raises `ValueError`.
     """
-    sizes: dict[str, int] = {}
+    sizes = dict(known or {})
     first: tuple[str, Tensor] | None = None
     for name, (tensor, axes) in arguments.items():
         if tensor is None:
