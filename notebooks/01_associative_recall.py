@@ -370,7 +370,7 @@ def ask_again(n):
     found = {}
     for name, (design, inputs) in linear.items():
         _, state = ttr.regress(design, k, k, v.unsqueeze(2), **inputs)
-        found[name] = k[:, :, 0] @ state.memory[:, 0]
+        found[name] = k[:, :, 0] @ state.linear_map()[:, 0]
     k = k[:, :, 0]
     found["softmax attention"] = scaled_dot_product_attention(k, k, v, scale=1 / bandwidth**2)
     return found
@@ -532,7 +532,7 @@ for length in (30, 7, 1):
     assert_close(torch.cat(answered, dim=1), whole)
 
 # %% [markdown]
-# What is in the state? For this design, the matrix $S_t$ and the keys' weighted second moment.
+# What is in the state? For this design, the weighted second moment of the keys, and of keys with values.
 # In statistics they are *sufficient*: nothing else about the past changes any future answer.
 # Their size does not depend on the time.
 #
@@ -541,9 +541,9 @@ for length in (30, 7, 1):
 
 # %%
 _, half_way = ttr.regress(decaying, *(z[:, : T // 2] for z in (q, k, v)), log_decay=log_decay[:, : T // 2], ridge=ridge)
-assert half_way.memory.shape == state.memory.shape
+assert half_way.cross.shape == state.cross.shape
 assert half_way.curvature.shape == state.curvature.shape
-record("recall_state_least_squares", state.memory.numel() + state.curvature.numel(), rtol=0)
+record("recall_state_least_squares", state.cross.numel() + state.curvature.numel(), rtol=0)
 for time in (T // 2, T):
     _, cache = ttr.oracle.regress(softmax, *(z[:, :time] for z in (q, k, v)))
     record(f"recall_state_softmax_{time}", sum(z.numel() for z in cache.history.values()), rtol=0)

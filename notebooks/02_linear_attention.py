@@ -209,7 +209,7 @@ def recall(design, k, v, passes=1, **inputs):
     state = None
     for _ in range(passes):
         _, state = ttr.regress(design, k, k, v, state=state, **inputs)
-    return torch.einsum("bthk,bhkv->bthv", design.feature_map(k), state.memory)
+    return torch.einsum("bthk,bhkv->bthv", design.feature_map(k), state.linear_map())
 
 
 linear_attention = ttr.Design()  # uniform weights, linear maps, Hebbian

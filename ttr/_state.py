@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,19 @@ class State:
     cross: Tensor | None = None
     network: dict[str, Tensor] | None = None
     history: dict[str, Tensor] = field(default_factory=dict)
+
+    def linear_map(self, ridge: Tensor | None = None) -> Tensor:
+        """The fitted map S of m(k) = Sᵀφ(k), (batch, heads, key, value), of a memory that is linear.
+
+        It is the memory itself or, of an exact fit, the solution of (G + Λ) S = C with the least norm, G the curvature
+        and C the cross moments; `ridge` is Λ where that stays. Raises `ValueError` for a memory of another kind.
+        """
+        if self.memory is not None:
+            return self.memory
+        if self.curvature is None or self.cross is None:
+            raise ValueError(f"state: expected that of a linear memory, got {self}")
+        curvature = self.curvature if ridge is None else self.curvature + torch.diag_embed(ridge)
+        return torch.linalg.pinv(curvature) @ self.cross
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The state with the function applied to each of its tensors (`Tensor.detach`, a move, a selection)."""

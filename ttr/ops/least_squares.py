@@ -368,11 +368,13 @@ def _woodbury(systems: _Systems, right: Tensor) -> tuple[Tensor, Tensor]:
     overlap.diagonal(dim1=-2, dim2=-1).add_(left.squeeze(-1))
     inverse = _inverse_factor(overlap)
     gains = inverse @ keys
-    x = (queries - (queries @ gains.mT).tril_() @ gains) / left @ whitening
-    # How much either factor may cancel is measured: with more, answers blow up where float32 resolves little; with
-    # less, chunks are cut that are accurate.
+    whitened = queries - (queries @ gains.mT).tril_() @ gains
+    x = whitened / left @ whitening
+    # How much the factors and the subtraction may cancel is measured: with more, answers blow up where float32
+    # resolves little; with less, chunks are cut that are accurate.
     eps = torch.finfo(k.dtype).eps
     accurate = _cancellation(start, whitening) <= eps**-0.375
+    accurate &= (queries.norm(dim=-1) <= eps**-0.375 * whitened.norm(dim=-1)).all(-1)
     accurate &= (_cancellation(overlap, inverse) <= eps**-0.25) & (left[:, -1, 0] > eps)
     return x, accurate
 
