@@ -86,7 +86,10 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class Lp(Loss):
-    """A power of the error: |e|ᵖ/p. Beyond p = 2 an outlier pulls harder than under least squares, not softer."""
+    r"""A power of the error: :math:`|e|^p/p`.
+
+    Beyond p = 2 an outlier pulls harder than under least squares, not softer.
+    """
 
     p: float = 2.0
 

@@ -99,7 +99,7 @@ def local_polynomial(
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
 
     Returns:
-        The outputs in the dtype of v, and the pairs that the next call needs: all, or the last window − 1.
+        The outputs in the dtype of v, and the pairs that the next call needs (all, or the last window − 1).
 
     Raises:
         ValueError: for a wrong shape, dtype, device or choice, a number outside its range, a ridge or probe missing

@@ -123,9 +123,9 @@ def neural_memory(
             changes speed and memory, not the result.
 
     Returns:
-        The outputs in the dtype of v, and the state, in at least float32, batch first: A as "w1", "w2", …; Z as
-        "momentum.w1", …, where there is one; "started.k", … the tokens of a mini-batch that has not ended;
-        "window.k", … the pairs before it that the window still sees.
+        The outputs in the dtype of v, and the state in at least float32, batch first. It holds A as "w1", "w2", …, Z
+        as "momentum.w1", …, where there is one, the tokens of a mini-batch that has not ended as "started.k", …, and
+        the pairs before it that the window still sees as "window.k", ….
 
     Raises:
         ValueError: for a wrong shape, dtype or device, weights that do not chain from keys to values, a value out of
