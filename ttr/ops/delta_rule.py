@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
-from ttr.ops._chunks import ChunkDecay, fade, join, map_chunks, state_dtype, zero_state
+from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
 
 
 def delta_rule(
@@ -231,7 +231,8 @@ def _error(k: Tensor, v: Tensor, state: Tensor) -> Tensor:
 class _UnitTriangularInverse(torch.autograd.Function):
     """(I + A)⁻¹, with A the part of `overlap` strictly below the diagonal.
 
-    Blocks of 1, 2, 4, … are inverted: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [−R⁻¹ Q P⁻¹, R⁻¹]]. Unlike sums
+    Forward substitution inverts the blocks of 8 on the diagonal, each step for all of them: as matrices they are too
+    small for a batched product. Larger ones follow by [[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [−R⁻¹ Q P⁻¹, R⁻¹]]. Unlike sums
     of powers of A it keeps its digits where keys are alike, and products are several times faster than batched solves.
     """
 
@@ -239,12 +240,22 @@ class _UnitTriangularInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(overlap: Tensor) -> Tensor:
-        inverse = overlap.new_ones(*overlap.shape[:-1], 1, 1)
-        while (block := inverse.shape[-1]) < overlap.shape[-1]:
-            pairs = overlap.unflatten(-2, (-1, 2, block)).unflatten(-1, (-1, 2, block)).diagonal(dim1=-6, dim2=-3)
-            below = pairs[..., 1, :, 0, :, :].movedim(-1, -3)
-            inverse = join(inverse, -(inverse[..., 1::2, :, :] @ below @ inverse[..., ::2, :, :]))
-        return inverse.squeeze(-3)
+        size = overlap.shape[-1]
+        block = min(8, size)
+        entries = _on_diagonal(overlap, block).movedim((-2, -1), (0, 1)).contiguous()
+        solved = torch.zeros_like(entries)
+        for t in range(block):
+            solved[t, t] = 1
+            solved[t, :t] = -(entries[t, :t, None] * solved[:t, :t]).sum(0)
+        inverse = torch.zeros_like(overlap)
+        _on_diagonal(inverse, block).copy_(solved.movedim((0, 1), (-2, -1)))
+        while block < size:
+            pairs = _on_diagonal(inverse, 2 * block)
+            below = _on_diagonal(overlap, 2 * block)[..., block:, :block]
+            product = pairs[..., block:, block:] @ below @ pairs[..., :block, :block]
+            pairs[..., block:, :block] = -product
+            block *= 2
+        return inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -254,3 +265,8 @@ class _UnitTriangularInverse(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         return -(inverse.mT @ gradient @ inverse.mT).tril(-1)
+
+
+def _on_diagonal(x: Tensor, block: int) -> Tensor:
+    """The blocks on the diagonal of square matrices, (…, blocks, block, block), as a view."""
+    return x.unflatten(-2, (-1, block)).unflatten(-1, (-1, block)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
