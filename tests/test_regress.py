@@ -314,3 +314,22 @@ def test_degenerate_sequences_are_answered_and_differentiated(slug: str, degener
     assert relative_error(y, ttr.oracle.regress(design, *tensors, **leaves)[0]) <= 1e-8
     gradients = torch.autograd.grad(y.sum(), [*tensors, *leaves.values()], allow_unused=True)
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_memory_of_ones_own_may_come_without_momentum() -> None:
+    robust = Design(optimizer=GradientDescent(momentum=True), loss=Huber())
+    *qkv, inputs = sample(robust, 6)
+    memory = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, state = ttr.regress(robust, *qkv, state=ttr.State(memory=memory), **inputs)
+    assert relative_error(y, ttr.oracle.regress(robust, *qkv, state=ttr.State(memory=memory), **inputs)[0]) <= 1e-10
+    assert state.momentum is not None
+
+
+def test_a_fitted_map_can_be_read_from_the_state() -> None:
+    for design in (Design(optimizer=Exact()), Design(optimizer=Exact(ridge_decays=False)), ttr.atlas["delta_net"]):
+        q, k, v, inputs = sample(design, 12)
+        y, state = ttr.regress(design, q, k, v, **inputs)
+        stays = inputs["ridge"] if design.optimizer == Exact(ridge_decays=False) else None
+        assert relative_error(torch.einsum("bhkv,bhk->bhv", state.linear_map(stays), q[:, -1]), y[:, -1]) <= 1e-9
+    with pytest.raises(ValueError, match="state: expected that of a linear memory"):
+        ttr.State(history={"k": q}).linear_map()

@@ -48,6 +48,7 @@ from ttr.ops._rotation import rotate
 LOSSES: dict[type, str] = {SquaredError: "squared", Huber: "huber", Lp: "power"}
 RETENTIONS: dict[type, str] = {L2: "l2", Lq: "lq", KL: "kl"}
 NETWORKS = (Linear, NormalizedLinear, MLP)
+DESCENTS = (GradientDescent, Muon)
 
 Lowering = Callable[..., tuple[Tensor, State]]
 
@@ -60,7 +61,8 @@ def lowering_of(design: Design) -> Lowering | None:
     # Exact types: a choice of one's own that extends one of these means something else.
     if type(regressor) is Mixture and type(optimizer) is OnlineEM:
         return _expectation_maximisation
-    known = type(regressor) in NETWORKS and type(design.loss) in LOSSES and type(design.retention) in RETENTIONS
+    kinds = ((regressor, NETWORKS), (design.loss, LOSSES), (design.retention, RETENTIONS), (optimizer, DESCENTS))
+    known = all(type(choice) in among for choice, among in kinds)
     if known and (design.descends_networks or _descends_plainly(design)):
         return _descent
     if type(design.loss) is not SquaredError:
@@ -102,17 +104,19 @@ def _descent(design: Design, tensors: Prepared, state: State, **how: Any) -> tup
     threshold = inputs.get("threshold")
     if isinstance(loss, Huber) and loss.delta is not None:
         threshold = torch.full_like(inputs["step_size"], loss.delta)
-    settings: dict[str, Any] = {"power": loss.p} if isinstance(loss, Lp) else {}
+    settings: dict[str, Any] = {"power": float(loss.p)} if isinstance(loss, Lp) else {}
     if isinstance(optimizer, Muon):
         settings |= {"window": optimizer.window, "orthogonalize": optimizer.iterations}
     else:
         settings |= {"batch": optimizer.batch, "average": optimizer.average}  # type: ignore[attr-defined]
     if isinstance(retention, Lq):
-        settings |= {"retention_norm": retention.q}
+        settings |= {"retention_norm": float(retention.q)}
     uses_triton(how.pop("backend"), q, missing="neural memories")
     named = state.network
     if state.memory is not None:
-        named = {"w1": state.memory} | ({} if state.momentum is None else {"momentum.w1": state.momentum})
+        named = {"w1": state.memory}
+        if "log_momentum" in inputs:
+            named["momentum.w1"] = torch.zeros_like(state.memory) if state.momentum is None else state.momentum
     y, named = ops.neural_memory(
         q,
         k,
