@@ -79,6 +79,8 @@ def map_chunks(
             chunked = [None if x is None else x.unflatten(1, (chunks, size)).movedim(3, 1).contiguous() for x in piece]
             output, state = step(*chunked, state)
             outputs.append(output)
+        if len(outputs) == 1:  # a step, most of whose time a function of autograd's would take
+            return outputs[0].movedim(1, 3).flatten(1, 2).to(like.dtype), state
         return _InTime.apply(like.dtype, *outputs) if outputs else like[:, :0], state
 
 
