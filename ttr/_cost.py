@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ttr._choices import (
     L2,
     MLP,
-    Decay,
     DiagonalNewton,
     Exact,
     GradientDescent,
@@ -77,7 +76,7 @@ def _cost(design: Design, T: Expr, d: Expr, f: Expr, C: Expr, n: Expr, w: Expr) 
     if isinstance(regressor, LocalPolynomial):
         one = 3 if isinstance(optimizer, Probe) else 2 * n + 4
         # Of all causal pairs half are computed; of a window's, nearly all that a block of queries sees.
-        pairs = 2 * T * w if any(isinstance(factor, Window) for factor in design.weights.factors) else T**2
+        pairs = 2 * T * w if design.weights.factor(Window) else T**2
         flops = pairs * (2 * d, one * d, d**4 / 4)[regressor.degree]
         return Cost(flops, _history(design, T, d, w), T * C * (1, 1, d**2)[regressor.degree])
     if isinstance(regressor, Network):
@@ -92,7 +91,7 @@ def _cost(design: Design, T: Expr, d: Expr, f: Expr, C: Expr, n: Expr, w: Expr) 
         return Cost(read, f * (d + int(optimizer.normalize)), T * f * d / C + T * C)
     if isinstance(optimizer, Exact):
         state, memory = f * (f + d), T * f * (f + d) / C + T * C
-        if any(isinstance(factor, Decay) and factor.per == "channel" for factor in design.weights.factors):
+        if design.weights.per_channel:
             return Cost(read + 4 * T * f**2 + 2 * T * f**3 / 3, state, T * f * d / C + C * f**2)
         if optimizer.ridge_decays:
             return Cost(read + 8 * T * f**2 + 7 * T * C * f + 2 * T * f**3 / (3 * C), state, memory)
@@ -108,7 +107,7 @@ def _cost(design: Design, T: Expr, d: Expr, f: Expr, C: Expr, n: Expr, w: Expr) 
 
 def _history(design: Design, T: Expr, d: Expr, w: Expr) -> Expr:
     """All past keys and values, or those in the window."""
-    return 2 * d * (w if any(isinstance(factor, Window) for factor in design.weights.factors) else T)
+    return 2 * d * (w if design.weights.factor(Window) else T)
 
 
 def _network(design: Design, T: Expr, d: Expr, f: Expr, C: Expr) -> Cost:

@@ -17,7 +17,6 @@ from ttr._choices import (
     LMS,
     Choice,
     ComplexDecay,
-    Decay,
     Exact,
     FeatureMap,
     Gain,
@@ -55,7 +54,7 @@ class Clash(NamedTuple):
     """Two axes whose choices cannot stand together, and why."""
 
     axes: tuple[str, str]
-    when: Callable[[Design], bool]
+    when: Callable[[Design], object]  # by its truth
     why: str
 
 
@@ -183,14 +182,6 @@ AN = {
 }
 
 
-def _weighs_by(design: Design, kind: type[Weights]) -> bool:
-    return any(isinstance(factor, kind) for factor in design.weights.factors)
-
-
-def _per_channel(design: Design) -> bool:
-    return any(isinstance(factor, Decay) and factor.per == "channel" for factor in design.weights.factors)
-
-
 def _normalizes(design: Design) -> bool:
     return isinstance(design.optimizer, Hebbian) and design.optimizer.normalize
 
@@ -198,17 +189,17 @@ def _normalizes(design: Design) -> bool:
 CLASHES = (
     Clash(
         ("weights", "optimizer"),
-        lambda d: isinstance(d.optimizer, STREAMING) and _weighs_by(d, Kernel),
+        lambda d: isinstance(d.optimizer, STREAMING) and d.weights.factor(Kernel),
         "kernel weights change with the query, but this optimizer keeps one memory for all queries; use Exact()",
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: isinstance(d.optimizer, (GradientDescent, Muon, OnlineEM)) and _weighs_by(d, Window),
+        lambda d: isinstance(d.optimizer, (GradientDescent, Muon, OnlineEM)) and d.weights.factor(Window),
         "each step sees the newest pair only, so no pair can leave a window; use Decay(), Hebbian() or Exact()",
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: _weighs_by(d, ComplexDecay) and not isinstance(d.optimizer, Hebbian),
+        lambda d: d.weights.factor(ComplexDecay) and not isinstance(d.optimizer, Hebbian),
         "turning a pair of channels weighs no error; use Decay() or Hebbian()",
     ),
     Clash(
@@ -233,12 +224,12 @@ CLASHES = (
     ),
     Clash(
         ("weights", "regressor"),
-        lambda d: isinstance(d.regressor, LocalPolynomial) and _per_channel(d),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and d.weights.per_channel,
         "a local fit weighs pairs and not their channels; use Decay(per='head')",
     ),
     Clash(
         ("weights", "regressor"),
-        lambda d: isinstance(d.regressor, LocalPolynomial) and not _weighs_by(d, Kernel),
+        lambda d: isinstance(d.regressor, LocalPolynomial) and not d.weights.factor(Kernel),
         "nothing makes the polynomial local; multiply the weights by a Kernel()",
     ),
     Clash(
@@ -267,7 +258,7 @@ CLASHES = (
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: (d.descends_networks or isinstance(d.optimizer, OnlineEM)) and _per_channel(d),
+        lambda d: (d.descends_networks or isinstance(d.optimizer, OnlineEM)) and d.weights.per_channel,
         "a step is weighed as a whole, and not by channel; use Decay(per='head')",
     ),
     Clash(
@@ -302,12 +293,12 @@ CLASHES = (
     ),
     Clash(
         ("weights", "regressor"),
-        lambda d: _weighs_by(d, ComplexDecay) and d.regressor != Linear(),
+        lambda d: d.weights.factor(ComplexDecay) and d.regressor != Linear(),
         "it turns pairs of the key's own channels; use Linear()",
     ),
     Clash(
         ("weights", "optimizer"),
-        lambda d: _weighs_by(d, ComplexDecay) and _normalizes(d),
+        lambda d: d.weights.factor(ComplexDecay) and _normalizes(d),
         "complex weights have no positive sum; use Hebbian()",
     ),
 )

@@ -128,10 +128,8 @@ def _approach(row: _Row, becomes: Design) -> Callable[[Call], Near]:
 
 
 def _has(design: Design, kind: type[Weights], **values: object) -> bool:
-    return any(
-        isinstance(factor, kind) and all(getattr(factor, name) == value for name, value in values.items())
-        for factor in design.weights.factors
-    )
+    factor = design.weights.factor(kind)
+    return factor is not None and all(getattr(factor, name) == value for name, value in values.items())
 
 
 def _with_weights(design: Design, kind: type[Weights], *new: Weights) -> Design:
@@ -275,8 +273,8 @@ def _wide_threshold(call: Call, becomes: Design) -> Near:
 
 
 def _bandwidth(design: Design) -> Design:
-    similarity = next(factor.similarity for factor in design.weights.factors if isinstance(factor, Kernel))
-    return _with_weights(design, Kernel, Kernel(similarity, FAR))
+    kernel = design.weights.factor(Kernel)
+    return design if kernel is None else _with_weights(design, Kernel, replace(kernel, bandwidth=FAR))
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -332,15 +330,13 @@ ROWS = (
     ),
     _Row(
         "all channels decay alike",
-        lambda d: (
-            _with_weights(d, Decay, Decay(fixed=_has(d, Decay, fixed=True))) if _has(d, Decay, per="channel") else None
-        ),
+        lambda d: _with_weights(d, Decay, Decay(fixed=_has(d, Decay, fixed=True))) if d.weights.per_channel else None,
         _same_in_all_channels,
     ),
     _Row(
         "all tokens decay alike",
         lambda d: (
-            _with_weights(d, Decay, Decay("channel" if _has(d, Decay, per="channel") else "head", fixed=True))
+            _with_weights(d, Decay, Decay("channel" if d.weights.per_channel else "head", fixed=True))
             if _has(d, Decay, fixed=False)
             else None
         ),

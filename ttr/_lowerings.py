@@ -15,7 +15,6 @@ from ttr._choices import (
     LMS,
     MLP,
     NLMS,
-    Decay,
     DiagonalNewton,
     Exact,
     Exponential,
@@ -35,7 +34,6 @@ from ttr._choices import (
     NormalizedLinear,
     OnlineEM,
     SquaredError,
-    Weights,
     Window,
 )
 from ttr._design import Design
@@ -67,15 +65,15 @@ def lowering_of(design: Design) -> Lowering | None:
         return _descent
     if type(design.loss) is not SquaredError:
         return None
-    if type(regressor) is LocalPolynomial and not _per_channel(weights):
-        kernels = [factor for factor in weights.factors if isinstance(factor, Kernel)]
-        return _local_fit if type(kernels[0].similarity) in SIMILARITIES else None
+    if type(regressor) is LocalPolynomial:
+        kernel = weights.factor(Kernel)
+        return _local_fit if kernel and type(kernel.similarity) in SIMILARITIES else None
     if type(regressor) is not Linear or not weights.recursive:
         return None
     if isinstance(optimizer, Hebbian):
         return _hebbian_sum
     if isinstance(optimizer, GradientDescent) and type(optimizer.gain) in (LMS, NLMS, Implicit, DiagonalNewton):
-        return None if optimizer.momentum and _per_channel(weights) else _error_correction
+        return None if optimizer.momentum and weights.per_channel else _error_correction
     return _least_squares if isinstance(optimizer, Exact) else None
 
 
@@ -88,7 +86,7 @@ def _descends_plainly(design: Design) -> bool:
     """Whether a linear map takes plain gradient steps of a loss other than the squared error."""
     optimizer = design.optimizer
     plain = type(optimizer) is GradientDescent and optimizer.gain == LMS() and optimizer.steps == 1
-    return plain and type(design.loss) is not SquaredError and not _per_channel(design.weights)
+    return plain and type(design.loss) is not SquaredError and not design.weights.per_channel
 
 
 def _descent(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
@@ -158,10 +156,6 @@ def _expectation_maximisation(design: Design, tensors: Prepared, state: State, *
         **how,
     )
     return y, State(memory=memory)
-
-
-def _per_channel(weights: Weights) -> bool:
-    return any(isinstance(factor, Decay) and factor.per == "channel" for factor in weights.factors)
 
 
 def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
@@ -259,8 +253,8 @@ def _least_squares(design: Design, tensors: Prepared, state: State, **how: Any) 
 
 def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> tuple[Tensor, State]:
     q, k, v, inputs, *_ = tensors
-    kernel = next(factor for factor in design.weights.factors if isinstance(factor, Kernel))
-    window = next((factor.size for factor in design.weights.factors if isinstance(factor, Window)), None)
+    kernel, window = design.weights.factor(Kernel), design.weights.factor(Window)
+    assert kernel is not None
     regressor: LocalPolynomial = design.regressor  # type: ignore[assignment]
     by_name = {"k": k, "v": v} | inputs
     new = {name: by_name[name] for name in pair_axes(design)}
@@ -278,7 +272,7 @@ def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> t
         ridge=inputs.get("ridge"),
         log_decay=log_decay,
         weight=importance,
-        window=window,
+        window=window.size if window else None,
         similarity=SIMILARITIES[type(kernel.similarity)],
         probe=inputs.get("probe"),
         initial_state=past,
@@ -286,5 +280,5 @@ def _local_fit(design: Design, tensors: Prepared, state: State, **how: Any) -> t
     )
     history = {name: torch.cat([state.history[name], x], dim=1) for name, x in new.items()} if state.history else new
     if window is not None:
-        history = {name: x[:, max(0, x.shape[1] - window + 1) :] for name, x in history.items()}
+        history = {name: x[:, max(0, x.shape[1] - window.size + 1) :] for name, x in history.items()}
     return y, State(history=history)

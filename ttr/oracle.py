@@ -147,7 +147,7 @@ def _log_factors(weights: Weights, inputs: Mapping[str, Tensor], k: Tensor) -> t
 def _log_carried(weights: Weights, log_decay: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """The log of what is left of a memory after these tokens, (batch, heads, 1 or key or, if complex, pair)."""
     left = log_decay.sum(1)
-    if any(isinstance(factor, ComplexDecay) for factor in weights.factors):
+    if weights.factor(ComplexDecay):
         return torch.complex(*torch.broadcast_tensors(left[..., ::2], log_decay.shape[1] * inputs["frequency"]))
     return left
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from ttr._choices.choice import Choice
+
+Kind = TypeVar("Kind", bound="Weights")
 
 
 class Weights(Choice):
@@ -27,6 +29,16 @@ class Weights(Choice):
     @property
     def factors(self) -> tuple[Weights, ...]:
         return (self,)
+
+    def factor(self, kind: type[Kind]) -> Kind | None:
+        """The factor of a kind, of which a product has at most one."""
+        return next((factor for factor in self.factors if isinstance(factor, kind)), None)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether a decay weighs each channel of a key by itself."""
+        decay = self.factor(Decay)
+        return decay is not None and decay.per == "channel"
 
     def __mul__(self, other: Weights) -> Weights:
         if not isinstance(other, Weights):

@@ -123,7 +123,7 @@ class RegressionLayer(nn.Module):
         sizes = {"heads": num_heads, "key": features, "value": value_dim, "pair": features // 2, "steps": steps}
         sizes |= self.design.regressor.sizes(value_dim)
         self.inputs = input_modules(self.design, d_model, sizes, max_step_size)
-        compares = any(isinstance(factor, Kernel) for factor in self.design.weights.factors)
+        compares = self.design.weights.factor(Kernel) is not None
         needs_temperature = compares or self.design.feature_map != Identity()
         # Unit vectors begin as far apart as random ones of length √d under 1/√d; vectors as they come, under 1/√d.
         log_temperature = torch.full((num_heads, 1), key_dim ** (0.5 if self.unit else -0.5)).log()
