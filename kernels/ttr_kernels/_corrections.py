@@ -68,8 +68,8 @@ def decayed_kernel(
 
 @triton.jit
 def correction_kernel(
-    p_reads, p_writes, p_values, p_inverse, p_q, p_to_y, p_log_decay, p_left, p_reach, p_initial, p_states, p_errors, p_final,
-    p_spans, H,
+    p_reads, p_writes, p_values, p_inverse, p_q, p_to_y, p_log_decay, p_left, p_reach,
+    p_initial, p_states, p_errors, p_final, p_spans, H,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DECAY: tl.constexpr, BACKWARDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -25,7 +25,7 @@ from ttr_kernels._gradients import gradients
 from ttr_kernels._launch import CHUNK, block, check
 from ttr_kernels._outputs import outputs
 from ttr_kernels._packing import packing
-from ttr_kernels._recurrence import is_short, recur
+from ttr_kernels._recurrence import FEW_TOKENS, recur
 from ttr_kernels._scores import scores
 from ttr_kernels._triangle import unit_triangular_inverse
 from ttr_kernels.linear_attention import arranged
@@ -71,6 +71,11 @@ def momentum_delta_rule(
         log_decay = torch.zeros_like(log_momentum)
     nothing = q.new_zeros(sizes["sequences"], sizes["heads"], key, sizes["value"], dtype=torch.float32)
     start = [nothing if x is None else x for x in (initial_state, initial_momentum)]
+    tensors = (q, k, v, gain, log_momentum, log_decay, *start)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if cu_seqlens is None and q.shape[1] <= FEW_TOKENS and not differentiated:
+        y, final_state, final_momentum = _few_tokens(*tensors)
+        return y, (final_state, final_momentum)
     # Halves of a power of two, so that a kernel can take a state apart.
     more = max(8, block(key)) - key
     q, k, gain = (pad(x, (0, more)) for x in (q, k, gain))
@@ -113,6 +118,31 @@ def momentum_delta_rule(
     )
     final_state, final_momentum = final.unflatten(-2, (2, -1)).unbind(-3)
     return y, (final_state[..., :key, :], final_momentum[..., :key, :])
+
+
+@torch.library.custom_op("ttr_kernels::momentum_delta_rule_few", mutates_args=())
+def _few_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    momentum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (q, k, v, gain, log_momentum, log_decay, state, momentum), packed = arranged(
+        None, q, k, v, gain, log_momentum, log_decay, state, momentum
+    )
+    y, final_momentum = v.new_empty(v.shape), momentum.new_empty(momentum.shape)
+    with torch.cuda.device_of(q):
+        final = recur(q, k, v, gain, log_decay, state, y, packed, (log_momentum, momentum, final_momentum))
+    return y, final, final_momentum
+
+
+@_few_tokens.register_fake
+def _(q, k, v, gain, log_momentum, log_decay, state, momentum):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(state.shape)
 
 
 def _log_sums(x: Tensor, index: Tensor) -> Tensor:
