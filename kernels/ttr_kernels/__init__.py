@@ -1,5 +1,5 @@
 """Triton kernels of test-time regression; needs torch and triton, nothing else."""
 
-from ttr_kernels.linear_attention import linear_attention_forward
+from ttr_kernels.linear_attention import linear_attention
 
-__all__ = ["linear_attention_forward"]
+__all__ = ["linear_attention"]

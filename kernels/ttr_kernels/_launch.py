@@ -14,6 +14,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITO
         'upgrade it with torch, or use backend="torch"'
     )
 
+CHUNK = 64  # tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 
@@ -47,6 +48,11 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 def block(size: int, most: int = MAX_HEAD_SIZE) -> int:
     """Length of the block that holds a head's channels; the tensor cores take no less than 16."""
     return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def decay_kind(log_decay: Tensor | None) -> int:
+    """0 without a decay, 1 for one a head, 2 for one a channel: `NO_DECAY`, `PER_HEAD`, `PER_CHANNEL` of kernels."""
+    return 0 if log_decay is None else log_decay.ndim - 2
 
 
 def check(

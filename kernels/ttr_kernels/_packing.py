@@ -16,8 +16,8 @@ class Spans(NamedTuple):
     """Stretches of rows that programs work on.
 
     Attributes:
-        table: int32 (spans, 4): first row, row after the last, chunk that begins at the first row, sequence. Spans
-            beyond the last one are empty.
+        table: int32 (spans, 4): first row, row after the last, chunk that begins at the first row, sequence. Every
+            sequence has at least one; those beyond the last one are empty.
         offsets: int32 (sequences + 1): where in the table each sequence's spans begin and end.
     """
 
@@ -46,6 +46,10 @@ class Packing(NamedTuple):
     def sequences(self) -> int:
         return self.bounds.shape[0] - 1
 
+    def whole(self, chunk: int) -> Spans:
+        """Every sequence as one span."""
+        return self.cut(chunk, self.rows // chunk + 1)
+
     def cut(self, chunk: int, chunks: int = 1) -> Spans:
         """Every sequence cut into spans of so many chunks, the last one shorter."""
         if self.longest is None:
@@ -68,14 +72,14 @@ def _equal_bounds(batch: int, time: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _cut_equal(sequences: int, time: int, chunk: int, chunks: int, device: torch.device) -> Spans:
-    return _cut(_equal_bounds(sequences, time, device), chunk, chunks, sequences * -(-time // (chunk * chunks)))
+    return _cut(_equal_bounds(sequences, time, device), chunk, chunks, sequences * max(1, -(-time // (chunk * chunks))))
 
 
 def _cut(bounds: Tensor, chunk: int, chunks: int, most: int) -> Spans:
     size = chunk * chunks
     lengths = bounds.diff()
     begin_chunk, begin = (
-        torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0)) for size in (chunk, size)
+        torch.nn.functional.pad(((lengths + size - 1) // size).clamp_min(1).cumsum(0), (1, 0)) for size in (chunk, size)
     )
     index = torch.arange(most, device=bounds.device)
     sequence = torch.searchsorted(begin, index, right=True) - 1

@@ -1,0 +1,74 @@
+"""What a chunk reads, and by transposition what its writes are worth.
+
+    Y  = exp(c) ∘ (Q S) + A V                          S entered the chunk, A are its scores
+    ∂V = exp(c_end − c) ∘ (K R) + Aᵀ ∂Y                R comes back to the chunk's end
+
+Cost per token and head: 2V(K + C) FLOPs; bytes, with e an element's: e(K + 2V) + 4C + 4KV/C.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ttr_kernels._blocks import NO_DECAY, decay_of_chunk, load_log_decay, load_rows, product, store_rows
+from ttr_kernels._launch import CHUNK, block, decay_kind, precision
+from ttr_kernels._packing import Packing
+
+
+@triton.jit
+def output_kernel(
+    p_rows, p_scores, p_values, p_log_decay, p_states, p_y, p_chunks, H,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y or ∂V of one chunk and block of values; without states only the part within the chunk."""
+    i_chunk = (tl.program_id(0) // H).to(tl.int64)
+    i_h = tl.program_id(0) % H
+    i_first = tl.load(p_chunks + i_chunk * 4)
+    i_stop = tl.load(p_chunks + i_chunk * 4 + 1)
+    if i_first == i_stop:
+        return
+    o_t = tl.arange(0, CHUNK)
+    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_t = i_first + o_t < i_stop
+    o_row = (i_first + o_t).to(tl.int64) * H + i_h
+    b_y = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+    if p_states is not None:
+        p_state = p_states + (i_chunk * H + i_h) * (K * V)
+        for i_k in range(0, K, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            b_rows = load_rows(p_rows, o_row, m_t, o_k, K)
+            if DECAY != NO_DECAY:
+                b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_k, K, DECAY)
+                b_since, b_until, _ = decay_of_chunk(b_coarse, b_fine)
+                b_rows = b_rows * (b_until if TRANSPOSED else b_since)
+            b_state = load_rows(p_state, o_k, o_k < K, o_v, V)
+            b_y = product(b_rows, b_state, b_y, PRECISION)
+    b_scores = load_rows(p_scores, o_row, m_t, o_t, CHUNK)
+    b_v = load_rows(p_values, o_row, m_t, o_v, V)
+    b_y = product(tl.trans(b_scores) if TRANSPOSED else b_scores, b_v, b_y, PRECISION)
+    store_rows(p_y, b_y, o_row, m_t, o_v, V)
+
+
+def outputs(
+    rows: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    log_decay: Tensor | None,
+    states: Tensor | None,
+    y: Tensor,
+    packing: Packing,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Y, or ∂V from rows K and values ∂Y, written to y (batch, time, heads, value)."""
+    heads, key, value = rows.shape[-2], rows.shape[-1], values.shape[-1]
+    chunks = packing.cut(CHUNK)
+    block_v = block(value, 64)
+    output_kernel[(chunks.count * heads, triton.cdiv(value, block_v))](
+        rows, scores, values, log_decay, states, y, chunks.table, heads,
+        K=key, V=value, CHUNK=CHUNK, BLOCK_K=block(key, 64), BLOCK_V=block_v, DECAY=decay_kind(log_decay),
+        TRANSPOSED=transposed, PRECISION=precision(rows.dtype, rows.device), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y
