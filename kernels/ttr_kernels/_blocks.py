@@ -39,7 +39,7 @@ def load_log_decay(p_log_decay, o_row, m_row, o_k, K: tl.constexpr, DECAY: tl.co
     if DECAY == PER_CHANNEL:
         b_log_decay = load_rows(p_log_decay, o_row, m_row, o_k, K)
     else:
-        b_log_decay = tl.load(p_log_decay + o_row[:, None], mask=m_row[:, None], other=0.0)
+        b_log_decay = tl.load(p_log_decay + o_row, mask=m_row, other=0.0)[:, None]
     # exp(-128) is zero in float32. The bound makes -inf a plain reset and keeps the sum of 128 multiples of 2⁻¹⁰
     # within 24 bits. A comparison, unlike a maximum, lets NaN through.
     b_log_decay = tl.where(b_log_decay < -128.0, -128.0, b_log_decay)

@@ -131,7 +131,7 @@ def gradients(
         q, k, v, to_y, log_decay, scores, to_scores, states, to_states,
         to_q, to_k, to_log_decay, chunks.table, heads, packing.rows,
         K=key, V=value, CHUNK=CHUNK, BLOCK_K=block_k, BLOCK_V=block(value, 64), DECAY=decay,
-        PRECISION=precision(q.dtype, q.device), num_warps=4, num_stages=2,
+        PRECISION=precision(q.dtype, q.device), num_warps=8, num_stages=2,
     )  # fmt: skip
     if to_log_decay is not None and decay == 1:
         to_log_decay = to_log_decay.sum(0)

@@ -82,8 +82,8 @@ def state_kernel(
 
 @triton.jit
 def segment_scan_kernel(
-    p_totals, p_factor, p_initial, p_starts, p_final, p_offsets, H, FACTORS,
-    SIZE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
+    p_totals, p_factor, p_initial, p_starts, p_final, p_offsets, H,
+    FACTORS: tl.constexpr, SIZE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """S ← factor · S + total over the segments of a sequence; keeps the S that each segment starts from."""
     i_sequence = tl.program_id(0) // H
@@ -137,7 +137,7 @@ def chunk_states(
     blocks = triton.cdiv(key, block_k) * triton.cdiv(value, block_v)
     sizes = {
         "K": key, "V": value, "CHUNK": CHUNK, "BLOCK_K": block_k, "BLOCK_V": block_v, "DECAY": decay,
-        "BACKWARDS": backwards, "PRECISION": precision(keys.dtype, keys.device), "num_warps": 4, "num_stages": 2,
+        "BACKWARDS": backwards, "PRECISION": precision(keys.dtype, keys.device), "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
 
     def new(count: int, *shape: int) -> Tensor:
@@ -160,8 +160,8 @@ def chunk_states(
     factor = new(spans.count, factors) if factors else None
     carry(spans, None, None, totals, factor)
     segment_scan_kernel[(packing.sequences * heads, triton.cdiv(key * value, 1024))](
-        totals, factor, initial, starts, final, spans.offsets, heads, factors,
-        SIZE=key * value, V=value, BLOCK=1024, BACKWARDS=backwards,
+        totals, factor, initial, starts, final, spans.offsets, heads,
+        FACTORS=factors, SIZE=key * value, V=value, BLOCK=1024, BACKWARDS=backwards,
     )  # fmt: skip
     if keep:
         carry(spans, starts, states, totals, None)
