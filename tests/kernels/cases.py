@@ -40,7 +40,7 @@ class Case:
         return f"{self.function}, {self.name}"
 
     def inputs(self, dtype: torch.dtype, size: int, **sizes: int) -> dict[str, Any]:
-        """Arguments whose numbers mean nothing; as everywhere in the package, decays, weights and states are float32."""
+        """Arguments whose numbers mean nothing; decays, weights and states are float32, as in all of the package."""
         sizes = {"key": size, "value": size} | SIZES | self.sizes | sizes
         inputs: dict[str, Tensor] = {}
         for name, axes in self.tensors.items():
@@ -58,7 +58,17 @@ DECAYS: dict[str, dict[str, str]] = {
 }
 STEP: dict[str, Any] = {"sizes": {"batch": 16, "sequences": 16, "time": 1}, "backward": False}
 
+OF_FUNCTIONS = {
+    "linear_attention": QKV,
+    "delta_rule": QKV | {"gain": KEYS},
+}
+
 CASES = [
-    *(Case("linear_attention", name, QKV | decay) for name, decay in DECAYS.items()),
-    *(Case("linear_attention", f"{name}, a step", QKV | decay, **STEP) for name, decay in DECAYS.items()),
+    case
+    for function, tensors in OF_FUNCTIONS.items()
+    for name, decay in DECAYS.items()
+    for case in (
+        Case(function, name, tensors | decay),
+        Case(function, f"{name}, a step", tensors | decay, **STEP),
+    )
 ]

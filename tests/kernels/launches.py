@@ -16,7 +16,6 @@ from cases import Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from ttr_kernels import _launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
