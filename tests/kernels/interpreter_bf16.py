@@ -120,6 +120,8 @@ class BFloat16Builder(InterpreterBuilder):
 
 def install() -> None:
     """From here on the interpreter computes bfloat16; kernels that run on a GPU never see it."""
+    if isinstance(interpreter.interpreter_builder, BFloat16Builder):
+        return
     np_dtype, fits, to_tensor = (
         interpreter._get_np_dtype,
         interpreter._validate_np_data_size,

@@ -26,17 +26,40 @@ TARGETS = {
 
 
 class Launch(NamedTuple):
-    """A launch: what is compiled for it, and what it was called with."""
+    """What is compiled for a launch."""
 
     source: ASTSource
     options: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
     forward: bool
 
     @property
     def kernel(self) -> str:
         return self.source.fn.__name__
+
+
+@contextlib.contextmanager
+def replaced(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """With other attributes, (owner, name, value), for a while."""
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
+
+
+def on_target(target: str) -> list[tuple[Any, str, Any]]:
+    """What makes the package choose its settings for a GPU, and take tensors on the CPU."""
+    instead = {"architecture": lambda device: target, "interpreted": lambda: True}
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == ttr_kernels.__name__]
+    return [(module, name, instead[name]) for module in modules for name in instead if hasattr(module, name)]
+
+
+def is_forward() -> bool:
+    """Whether autograd is not going back right now."""
+    return torch._C._current_graph_task_id() < 0
 
 
 @contextlib.contextmanager
@@ -50,31 +73,22 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*args, **kwargs)
         options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
-        source = ASTSource(kernel, signature, constants, attributes)
-        grid = grid(bound) if callable(grid) else grid
-        launches.append(Launch(source, options, tuple(grid), bound, not torch._C._current_graph_task_id() >= 0))
+        launches.append(Launch(ASTSource(kernel, signature, constants, attributes), options, is_forward()))
 
-    instead = {"architecture": lambda device: target, "interpreted": lambda: True}
-    changes = [(JITFunction, "run", run)]
-    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == ttr_kernels.__name__]:
-        changes += [(module, name, instead[name]) for name in instead if hasattr(module, name)]
-    before = [getattr(owner, name) for owner, name, _ in changes]
-    for owner, name, value in changes:
-        setattr(owner, name, value)
-    try:
+    with replaced([(JITFunction, "run", run), *on_target(target)]):
         yield launches
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            setattr(owner, name, value)
+
+
+def call(case: Case, inputs: dict[str, Any]) -> None:
+    """A case's function forwards, and backwards from all that it returns."""
+    outputs = getattr(ttr_kernels, case.function)(**inputs)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    if case.backward:
+        leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
-    """Those of a case forwards, and backwards from all that its function returns."""
-    inputs = case.inputs(dtype, size)
     with recorded(target) as launches:
-        outputs = getattr(ttr_kernels, case.function)(**inputs)
-        outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
-        if case.backward:
-            leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        call(case, case.inputs(dtype, size))
     return launches
