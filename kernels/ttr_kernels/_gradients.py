@@ -1,6 +1,6 @@
 """Gradients of what a chunk reads, with respect to its queries, keys and decays.
 
-With S the state that enters the chunk, R the gradient of the one that leaves it, and B = tril(∂Y Vᵀ) those of the scores::
+With S the state that enters the chunk, R the gradient of the one that leaves it, B = tril(∂Y Vᵀ) those of the scores::
 
     ∂Q = exp(c) ∘ (∂Y Sᵀ) + (B ∘ D) K,     ∂K = exp(c_end − c) ∘ (V Rᵀ) + (B ∘ D)ᵀ Q
 
@@ -15,13 +15,20 @@ Cost per token and head: 4K(V + C) FLOPs.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import (
-    NO_DECAY, PER_CHANNEL, PER_HEAD, decay_matrix, decay_of_chunk, load_log_decay, load_rows, product, store_rows,
+    NO_DECAY,
+    PER_CHANNEL,
+    PER_HEAD,
+    decay_matrix,
+    decay_of_chunk,
+    load_log_decay,
+    load_rows,
+    product,
+    store_rows,
 )  # fmt: skip
 from ttr_kernels._launch import CHUNK, block, decay_kind, precision
 from ttr_kernels._packing import Packing
@@ -108,7 +115,7 @@ def gradients(
     log_decay: Tensor | None,
     scores: Tensor,
     to_scores: Tensor,
-    states: Tensor,
+    states: Tensor | None,
     to_states: Tensor | None,
     packing: Packing,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,16 +130,14 @@ def gradients(
     blocks = triton.cdiv(key, block_k)
     if log_decay is not None and decay == 2:
         to_q, to_k = channel_gradients(q, k, log_decay, to_scores, packing)
-        to_log_decay = log_decay.new_empty(log_decay.shape)
+        to_log_decay: Tensor | None = log_decay.new_empty(log_decay.shape)
     else:
         to_q, to_k = q.new_empty(q.shape), k.new_empty(k.shape)
         to_log_decay = None if log_decay is None else log_decay.new_empty((blocks, *log_decay.shape))
-    gradient_kernel[(chunks.count * heads, blocks)](
+    gradient_kernel[(chunks.number * heads, blocks)](
         q, k, v, to_y, log_decay, scores, to_scores, states, to_states,
         to_q, to_k, to_log_decay, chunks.table, heads, packing.rows,
         K=key, V=value, CHUNK=CHUNK, BLOCK_K=block_k, BLOCK_V=block(value, 64), DECAY=decay,
         PRECISION=precision(q.dtype, q.device), num_warps=8, num_stages=2,
     )  # fmt: skip
-    if to_log_decay is not None and decay == 1:
-        to_log_decay = to_log_decay.sum(0)
-    return to_q, to_k, to_log_decay
+    return to_q, to_k, to_log_decay.sum(0) if to_log_decay is not None and decay == 1 else to_log_decay

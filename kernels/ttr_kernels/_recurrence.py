@@ -47,7 +47,7 @@ def recurrence_kernel(
     if p_initial_momentum is not None:
         b_push = tl.load(p_initial_momentum + o_state, mask=m_state, other=0.0)
     for i_t in range(i_first, i_stop):
-        i_row = i_t.to(tl.int64) * H + tl.program_id(0) % H
+        i_row = tl.cast(i_t, tl.int64) * H + tl.program_id(0) % H
         b_k = load_column(p_k, i_row, o_k, K)
         b_v = tl.load(p_v + i_row * V + o_v[None, :], mask=m_v, other=0.0).to(tl.float32)
         if DECAY == PER_CHANNEL:
