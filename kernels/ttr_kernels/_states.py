@@ -102,7 +102,7 @@ def segment_scan_kernel(
         i_head = (i_segment.to(tl.int64) * H + i_h) * SIZE
         tl.store(p_starts + i_head + o_state, b_state, mask=m_state)
         b_total = tl.load(p_totals + i_head + o_state, mask=m_state, other=0.0)
-        if FACTORS > 0:
+        if p_factor is not None:
             # One factor a head, or one a row of the state.
             o_factor = (i_segment * H + i_h) * FACTORS + (o_state // V if FACTORS > 1 else o_state * 0)
             b_state *= tl.load(p_factor + o_factor, mask=m_state, other=0.0)
