@@ -14,7 +14,6 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITO
         'upgrade it with torch, or use backend="torch"'
     )
 
-CHUNK = 64  # tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 
