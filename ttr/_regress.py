@@ -17,7 +17,7 @@ from ttr._design import Design
 from ttr._inputs import check_state, prepare
 from ttr._lowerings import continued_axes, lowering_of
 from ttr._state import State
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, only_torch
 from ttr.ops._check import check_chunk_size
 
 
@@ -68,7 +68,7 @@ def regress(
     if chunk_size is not None:
         check_chunk_size(chunk_size)
     if lowering is None:
-        uses_triton(backend, q, missing=f"{design}")
+        only_torch(backend, f"{design}")
         if not torch.compiler.is_compiling():
             _warn_slow(str(design))
         return oracle.solve(design, tensors, state)

@@ -146,7 +146,7 @@ def _check(
     check_range("log_decay", log_decay, high=0.0)
     check_range("log_momentum", log_momentum, high=0.0)
     check_chunk_size(chunk_size)
-    uses_triton(backend, q, missing="the delta rule")
+    uses_triton(backend, q, v, missing="the delta rule")
 
 
 def _step(

@@ -143,7 +143,7 @@ def least_squares(
         tolerance = 10 * torch.finfo(dtype).eps
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
-    uses_triton(backend, q, missing="least squares")
+    uses_triton(backend, q, v, missing="least squares")
     solve = _chosen(solver, log_decay, q.shape[1], ridge_decays, steps=steps, tolerance=tolerance)
 
     with without_autocast(v):

@@ -16,8 +16,6 @@ from ttr.ops._backend import Backend, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
 
-KERNEL_HEAD_SIZE = 256
-
 
 def linear_attention(
     q: Float[Tensor, "batch time heads key"],
@@ -42,7 +40,7 @@ def linear_attention(
         initial_state: :math:`S_0`; None is zero.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result. The
             kernel has its own.
-        backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
+        backend: "auto" is Triton for CUDA tensors that the kernel takes and PyTorch otherwise; "torch" and
             "triton" force one.
 
     Returns:
@@ -51,6 +49,10 @@ def linear_attention(
     Raises:
         ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
             backend "triton" where no kernel takes these arguments.
+        ImportError: for backend "triton" without a triton that is new enough.
+
+    Warns:
+        KernelFallbackWarning: once a reason, where PyTorch computes with CUDA tensors that no kernel takes.
 
     Katharopoulos et al. (2020), eq. 18; with a decay per head Dao & Gu (2024), per channel Yang et al. (2023).
     """
@@ -64,17 +66,13 @@ def linear_attention(
     check_range("log_decay", log_decay, high=0.0)
     check_chunk_size(chunk_size)
     state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
-    compute = _TritonForward.apply if uses_triton(backend, q, _without_kernel(q, v, log_decay)) else _in_torch
+    compute = _TritonForward.apply if uses_triton(backend, q, v, _without_kernel(log_decay)) else _in_torch
     return compute(q, k, v, log_decay, state, chunk_size)
 
 
-def _without_kernel(q: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
-    """What about these arguments no kernel computes."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a decay per channel"
-    if max(q.shape[-1], v.shape[-1]) > KERNEL_HEAD_SIZE:
-        return f"heads of more than {KERNEL_HEAD_SIZE} channels"
-    return "float64" if v.dtype == torch.float64 else None
+def _without_kernel(log_decay: Tensor | None) -> str | None:
+    """What about these arguments the kernel does not compute."""
+    return "linear attention with a decay per channel" if log_decay is not None and log_decay.ndim == 4 else None
 
 
 def _in_torch(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, only_torch, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes
 from ttr.ops._chunks import state_dtype, without_autocast
 from ttr.ops._local_linear import LocalLinear, Settings, Solver, log_factors, spans
@@ -114,7 +114,10 @@ def local_polynomial(
     """
     _check_numbers(degree, bandwidth, window, similarity, solver, steps, tolerance, chunk_size)
     _check_tensors(q, k, v, degree, ridge, log_decay, weight, probe, initial_state)
-    uses_triton(backend, q, missing="local polynomials")
+    if degree == 1:
+        uses_triton(backend, q, v, missing="local polynomials")
+    else:
+        only_torch(backend, f"local polynomials of degree {degree}")
     pairs = _joined(initial_state, PastPairs(k, v, log_decay, weight))
     if q.shape[1] == 0:
         return v, _kept(pairs, window)
