@@ -182,7 +182,8 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
     if optimizer.normalize:
         y = oracle.normalized(y, optimizer.floor, log_scale)
     if log_scale is not None:
-        log_scale = log_scale[:, -1] if k.shape[1] else state.log_scale
+        nothing = k.new_full((k.shape[0], k.shape[2]), -torch.inf) if state.log_scale is None else state.log_scale
+        log_scale = log_scale[:, -1] if k.shape[1] else nothing
     return y, State(memory=memory, log_scale=log_scale)
 
 
