@@ -69,7 +69,6 @@ def test_a_gpu_tensor_goes_to_the_kernel_that_takes_it() -> None:
         (qkv(dtype=torch.float64), "torch.float64 (kernels take float32, float16 and bfloat16)"),
         (qkv(257), "keys of 257 channels (kernels take 1 to 256)"),
         (qkv() | {"v": torch.ones(1, 3, 2, 300)}, "values of 300 channels (kernels take 1 to 256)"),
-        (qkv() | {"log_decay": -torch.ones(1, 3, 2, 4)}, "linear attention with a decay per channel"),
     ],
 )
 def test_what_no_kernel_takes_falls_back_with_one_warning_and_cannot_be_forced(
