@@ -75,6 +75,11 @@ class TokenPrediction(LightningModule):
     def test_step(self, batch: Batch) -> None:
         self._predict(batch, "test")
 
+    def predict_step(self, batch: Batch) -> dict[str, Tensor]:
+        """The task's tokens and targets, and beside them the likeliest token at every position."""
+        tokens, targets = batch
+        return {"tokens": tokens, "targets": targets, "predictions": self(tokens).argmax(-1)}
+
     def _predict(self, batch: Batch, split: str) -> Tensor:
         tokens, targets = batch
         asked = targets >= 0
