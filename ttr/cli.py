@@ -43,7 +43,7 @@ EXAMPLES = {
     "test": """example:
   ttr test --config configs/recall.yaml --ckpt_path last
 """,
-    "predict": """example, which writes tokens, targets and predictions to runs/recall/predictions.npz:
+    "predict": """example, which writes inputs, targets and predictions to runs/recall/predictions.npz:
   ttr predict --config configs/recall.yaml --ckpt_path last
 """,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ttr import atlas
 from ttr._references import bibtex
+from ttr.models import RegressionLM
 from ttr.training import Study, export, load_checkpoint, load_exported, run_study
 
 EXAMPLES = {
@@ -123,6 +125,8 @@ def generate(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected at least 0, got {max_new_tokens}")
     model = (load_exported if ckpt_path.is_dir() else load_checkpoint)(ckpt_path).to(device)
+    if not isinstance(model, RegressionLM):
+        raise ValueError(f"ckpt_path: expected a RegressionLM, got a {type(model).__name__} in {str(ckpt_path)!r}")
     vocab_size = model.embedding.num_embeddings
     tokens = _tokens(prompt, vocab_size)
     stream = model.stream(
@@ -155,7 +159,7 @@ def _tokens(prompt: str, vocab_size: int) -> list[int]:
 
 
 def export_model(ckpt_path: Path, folder: Path) -> None:
-    """Write a trained language model as safetensors and JSON, for `ttr.training.load_exported`.
+    """Write a trained model as safetensors and JSON, for `ttr.training.load_exported`.
 
     Args:
         ckpt_path: a checkpoint of `ttr fit`.
@@ -206,6 +210,8 @@ def run_command(parser: ArgumentParser, name: str, config: Any) -> None:
             study = {key.name: values.pop(key.name) for key in fields(Study)}
             values["study"] = Study(**study)
         COMMANDS[name](**values)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
         parser.exit(2, f"error: {error}; install the extra `train`\n")
     except (ValueError, OSError) as error:
