@@ -2,7 +2,7 @@
 
     {"weights": {"class_path": "ttr.Decay", "init_args": {"per": "head", "fixed": false}}, …}
 
-is what jsonargparse reads as well, so that a design that was exported can stand under `model.design` of a configuration.
+is what jsonargparse reads as well, so that an exported design can stand under `model.design` of a configuration.
 Only the choices of `ttr` have a name here: reading a file imports nothing and runs none of its contents.
 """
 

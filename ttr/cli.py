@@ -97,10 +97,13 @@ class _CommandLine(TrainingRun):
     def after_predict(self) -> None:
         """Keep what Lightning only returns: predictions of all batches, end to end, as arrays by name."""
         batches: Any = self.trainer.predict_loop.predictions
+        if not batches:  # --return_predictions false
+            return
         rank = f".{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         path = Path(self.trainer.default_root_dir, f"predictions{rank}.npz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]})
+        arrays: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]}
+        np.savez(path, **arrays)
         print(path)
 
 

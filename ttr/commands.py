@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -64,8 +65,6 @@ def sweep(
         scheduler: address of a Dask scheduler; its workers then run the study, and must see its folder.
     """
     table = run_study(study, jobs=jobs, threads=threads, retry_failed=retry_failed, scheduler=scheduler)
-    import pyarrow.parquet as pq
-
     statuses = pq.read_table(table, columns=["status"])["status"].to_pylist()
     failed = statuses.count("failed")
     print(f"{table}: {len(statuses) - failed} finished, {failed} failed")
@@ -136,7 +135,7 @@ def generate(
         generator=torch.Generator(device).manual_seed(seed),
     )
     out = sys.stdout.buffer
-    written: Callable[[int], bytes] = (lambda token: bytes([token])) if vocab_size == 256 else (b"%d " .__mod__)
+    written: Callable[[int], bytes] = (lambda token: bytes([token])) if vocab_size == 256 else (b"%d ".__mod__)
     for token in tokens:
         out.write(written(token))
     for new in islice(stream, max_new_tokens):
@@ -212,7 +211,5 @@ def run_command(parser: ArgumentParser, name: str, config: Any) -> None:
         COMMANDS[name](**values)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ImportError as error:
-        parser.exit(2, f"error: {error}; install the extra `train`\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

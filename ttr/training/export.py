@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 import ttr
@@ -48,7 +50,8 @@ def _load(path: str | os.PathLike[str]) -> tuple[nn.Module, str, dict[str, Any]]
         module = hyper_parameters.get("_class_path", "ttr.training.TokenPrediction").rpartition(".")[2]
         name = MADE_BY[module]
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        why = "which does not exist" if not Path(path).exists() else f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        why = reason if Path(path).exists() else "which does not exist"
         raise ValueError(f"ckpt_path: expected a checkpoint of ttr fit, got {str(path)!r}, {why}") from error
     arguments = {key: value for key, value in hyper_parameters.items() if key not in TRAINING and key[0] != "_"}
     model = _make(name, arguments)
@@ -65,8 +68,6 @@ def export(ckpt_path: str | os.PathLike[str], folder: str | os.PathLike[str]) ->
 
     Raises `ValueError` for anything but a checkpoint of `ttr fit`, and for choices that are not `ttr`'s.
     """
-    from safetensors.torch import save_model
-
     model, name, arguments = _load(ckpt_path)
     if "design" in arguments:
         arguments["design"] = _each(arguments["design"], _plain)
@@ -90,9 +91,6 @@ def load_exported(folder: str | os.PathLike[str]) -> nn.Module:
     Raises `ValueError` for a folder without the two files, another format, a class, an argument, a choice or a weight
     that does not fit, and for a slug that means another design than it did.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
     folder = Path(folder)
     missing = [name for name in (DESCRIPTION, WEIGHTS) if not (folder / name).is_file()]
     if missing:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 AXES = ("task", "design", "learning_rate", "seed")
 
 
@@ -81,9 +84,6 @@ class Results:
 
         `config` and `versions` are JSON; metrics that a task does not have are null.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         records = sorted(self.read().values(), key=lambda record: [record[axis] for axis in AXES])
         names = sorted({name for record in records for name in record["metrics"]})
         types = {

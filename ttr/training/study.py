@@ -18,7 +18,6 @@ from ttr._design_data import from_data
 from ttr.tasks.task import require
 
 
-
 class Config:
     """What `ttr fit` would be given, as plain data. (jsonargparse would make the objects that a `dict` describes.)"""
 
@@ -103,7 +102,7 @@ class Study:
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self._designs()]
-        axes = {"tasks": list(self.tasks), "designs": names}
+        axes: dict[str, list[Any]] = {"tasks": list(self.tasks), "designs": names}
         axes |= {"learning_rates": self.learning_rates, "seeds": self.seeds}
         for axis, values in axes.items():
             require(0 < len(set(values)) == len(values), axis, "at least one, none twice", values)

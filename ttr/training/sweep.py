@@ -78,11 +78,7 @@ def run_study(
     check(study)
     done = results.read()
     runs = {run.hash: run for run in study.runs()}
-    todo = [
-        run
-        for key, run in runs.items()
-        if key not in done or (retry_failed and done[key]["status"] == "failed")
-    ]
+    todo = [run for key, run in runs.items() if key not in done or (retry_failed and done[key]["status"] == "failed")]
     records = _on_dask(todo, results, threads, scheduler) if scheduler else _local(todo, results, jobs, threads)
     try:
         for record in tqdm(records, total=len(runs), initial=len(runs) - len(todo), unit="run", disable=not progress):
@@ -129,12 +125,12 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         built = _built(config)
         trainer = built.trainer
         trainer.fit(built.model, built.datamodule)
-        metrics = dict(trainer.callback_metrics)
-        metrics |= trainer.test(built.model, built.datamodule, verbose=False)[0]
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        steps = trainer.global_step
+        numbers |= trainer.test(built.model, built.datamodule, verbose=False)[0]
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    numbers = {key: float(value) for key, value in metrics.items()}
-    return {"metrics": numbers, "steps": trainer.global_step, "device": f"{device.type} {name}"}
+    return {"metrics": numbers, "steps": steps, "device": f"{device.type} {name}"}
 
 
 def _built(config: dict[str, Any]) -> TrainingRun:
