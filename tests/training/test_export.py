@@ -103,5 +103,5 @@ def test_weights_that_do_not_fit_are_an_error(exported):
     with pytest.raises(ValueError, match="expected the weights"):
         load_exported(exported)
     (exported / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="without model.safetensors"):
+    with pytest.raises(ValueError, match=r"without model\.safetensors"):
         load_exported(exported)
