@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ttr.commands import COMMANDS, Formatter, add_commands, run_command
-from ttr.training.run import TrainingRun
+from ttr.training.run import SIZES, TrainingRun
 
 DESCRIPTION = "Train, test and use sequence layers that are regressions at test time."
 
@@ -73,6 +73,9 @@ class _CommandLine(TrainingRun):
         if self.config.subcommand in COMMANDS:
             run_command(parser, self.config.subcommand, config)
             parser.exit()
+        for name in SIZES:
+            if (size := config.model.init_args.get(name)) is not None:
+                parser.error(f"model.{name}: expected nothing, it is the task's, got {size!r}")
         path = config.ckpt_path
         if path in (None, "best", "hpc"):
             return
@@ -83,7 +86,7 @@ class _CommandLine(TrainingRun):
             missing = "" if Path(path).exists() else ", which does not exist"
             parser.error(f"ckpt_path: expected a Lightning checkpoint, got {str(path)!r}{missing}")
         saved = checkpoint.get("hyper_parameters", {})
-        for name, value in config.model.items() if self.config.subcommand == "fit" else ():
+        for name, value in config.model.init_args.items() if self.config.subcommand == "fit" else ():
             if isinstance(value, (str, int, float)) and name in saved and name in SHAPING and saved[name] != value:
                 parser.error(f"model.{name}: expected {saved[name]!r}, that of {path}, got {value!r}")
 
@@ -108,7 +111,18 @@ class _CommandLine(TrainingRun):
 
 
 # What a checkpoint's weights were trained as: to go on as something else would be a mistake, not a change of mind.
-SHAPING = {"design", "d_model", "num_layers", "num_heads", "mlp_ratio", "key_dim", "value_dim", "conv_width", "conv_on"}
+SHAPING = {
+    "design",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "mlp_ratio",
+    "key_dim",
+    "value_dim",
+    "conv_width",
+    "conv_on",
+    "norm",
+}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:

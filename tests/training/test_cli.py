@@ -17,7 +17,8 @@ from ttr.training import TokenPrediction
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 REPOSITORY = Path(__file__).parents[2]
-RECALL, TEXT = (REPOSITORY / "configs" / name for name in ("recall.yaml", "stdlib_text.yaml"))
+CONFIGS = REPOSITORY / "configs"
+RECALL, TEXT, REGRESSION = (CONFIGS / f"{name}.yaml" for name in ("recall", "stdlib_text", "linear_regression"))
 SMALL = {
     "--data.num_train": 3,
     "--data.num_val": 1,
@@ -105,7 +106,10 @@ def test_text_is_learnt_from_a_uniform_start(tmp_path):
         (RECALL, "--data.num_pairs", "99", "length: expected at least 3 * num_pairs = 297, got 32"),
         (RECALL, "--data.pairs", "4", "'pairs' is not accepted"),
         (RECALL, "--model.design", "nonsense", "design"),
-        (RECALL, "--model.depth", "3", "--model.depth"),
+        (RECALL, "--model.depth", "3", "'depth' is not accepted"),
+        (RECALL, "--model.vocab_size", "3", "model.vocab_size: expected nothing, it is the task's, got 3"),
+        (RECALL, "--data", "ttr.tasks.LinearRegression", "vocab_size: expected that of a task for TokenPrediction"),
+        (REGRESSION, "--data", "ttr.tasks.Recall", "input_size: expected that of a task for ValueRegression"),
     ],
 )
 def test_a_mistake_is_one_message_and_no_traceback(monkeypatch, capsys, config, option, value, message):

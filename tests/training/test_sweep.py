@@ -22,7 +22,7 @@ STUDY = {
     "seeds": [0, 1],
     "common": {
         "trainer": {"max_epochs": 1, "accelerator": "cpu"},
-        "model": {"d_model": 8, "num_layers": 1, "num_heads": 1},
+        "model": {"init_args": {"d_model": 8, "num_layers": 1, "num_heads": 1}},
     },
     "bases": {
         "recall": {
@@ -114,7 +114,7 @@ def test_every_run_has_a_row(finished):
         assert row["seconds"] > 0
         assert {"train_loss", "val_loss", "val_accuracy", "test_loss"} <= row.keys()
         assert json.loads(row["versions"]).keys() == {"ttr", "torch", "lightning", "python"}
-        assert json.loads(row["config"])["model"]["design"] == row["design"]
+        assert json.loads(row["config"])["model"]["init_args"]["design"] == row["design"]
     assert not list((folder / "runs").glob("*.started"))
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk_is_an_error_and_keeps_what_was_finished(tmp_path):
         ({"designs": []}, "designs: expected at least one, none twice"),
         ({"seeds": [1, 1]}, "seeds: expected at least one, none twice"),
         ({"tasks": {"two": {"base": "recal"}}}, "tasks.two.base: expected one of ['recall'], got 'recal'"),
-        ({"common": {"model": {"d_modle": 8}}}, "'d_modle'"),
+        ({"common": {"model": {"init_args": {"d_modle": 8}}}}, "'d_modle'"),
         ({"common": {"trainer": {"max_epoch": 8}}}, "'max_epoch'"),
         ({"tasks": {"two": {"base": "recall", "data": {"init_args": {"pairs": 2}}}}}, "'pairs' is not accepted"),
         ({"tasks": {"two": {"base": "recall", "data": {"init_args": {"num_pairs": 9}}}}}, "task 'two', design"),

@@ -7,7 +7,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ttr.training.token_prediction import TokenPrediction
+from ttr.training.training import Training
+
+# What a model takes from its task.
+SIZES = {"vocab_size", "input_size", "output_size"}
 
 
 class TrainingRun(LightningCLI):
@@ -19,8 +22,9 @@ class TrainingRun(LightningCLI):
 
     def __init__(self, **arguments: Any):
         super().__init__(
-            TokenPrediction,
+            Training,
             LightningDataModule,
+            subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -28,7 +32,9 @@ class TrainingRun(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+        parser.set_defaults({"model": {"class_path": "ttr.training.TokenPrediction"}})
+        for size in SIZES:
+            parser.link_arguments(f"data.{size}", f"model.init_args.{size}", apply_on="instantiate")
 
     def instantiate_classes(self) -> None:
         try:

@@ -76,7 +76,7 @@ class Study:
     """design × task × learning rate × seed.
 
     A run's configuration is that of `common`, of the task's base, of the task and of the overrides that apply, in this
-    order: what comes later wins, key by key. The design, the learning rate and the seed, of model and data, come last.
+    order: what comes later wins, key by key. Arguments of models and data stand under `init_args` there. The design, the learning rate and the seed, of model and data, come last.
 
     Args:
         folder: where the results go.
@@ -132,12 +132,13 @@ class Study:
         own = dict(self.tasks[task].data)
         base = self.bases[own.pop("base")].data if "base" in own else {}
         overrides = [override.config.data for override in self.overrides if override.applies(name, task)]
+        usual = {"model": {"class_path": "ttr.training.TokenPrediction"}}
         axes = {
-            "model": {"design": _plain(design), "learning_rate": learning_rate},
+            "model": {"init_args": {"design": _plain(design), "learning_rate": learning_rate}},
             "data": {"init_args": {"seed": seed}},
             "seed_everything": seed,
         }
-        return reduce(_merged, [self.common.data, base, own, *overrides, axes])
+        return reduce(_merged, [usual, self.common.data, base, own, *overrides, axes])
 
 
 def _merged(config: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What every training module shares: the optimizer, its schedule, and which parameters decay."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -54,6 +55,9 @@ class Training(LightningModule, ABC):
     ):
         super().__init__()
         self.save_hyperparameters()
+        for name in inspect.signature(self.make_model).parameters:
+            if self.hparams.get(name, 0) is None:  # the command line links to it, and the task does not have it
+                raise ValueError(f"{name}: expected that of a task for {type(self).__name__}, got a task without")
         self.model = self.make_model(**model)
 
     @abstractmethod
