@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -23,10 +24,10 @@ EPILOG = """examples:
   ttr sweep --config configs/study.yaml
   ttr atlas gated_delta_net
   ttr fit --help                      everything that a run can be told
-  ttr --print_shtab bash              completion; see below
+  ttr --print_completion shtab-bash   completion; see below
 
 completion:
-  eval "$(ttr --print_shtab bash)"                          in ~/.bashrc; zsh and tcsh likewise
+  eval "$(ttr --print_completion shtab-bash)"               in ~/.bashrc; zsh, fish and tcsh likewise
   eval "$(register-python-argcomplete ttr)"                 the same by argcomplete, slower and always up to date
 """
 
@@ -142,6 +143,7 @@ def main(args: ArgsType = None) -> None:
     Raises SystemExit with code 2 and one line on standard error for an argument that cannot be, and with code 0 after
     a command that is not Lightning's.
     """
+    set_parsing_settings(add_print_completion_argument=True)
     _CommandLine(
         trainer_defaults={"default_root_dir": "runs"},
         parser_kwargs={"prog": "ttr", "description": DESCRIPTION, "epilog": EPILOG, "formatter_class": Formatter}

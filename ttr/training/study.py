@@ -76,7 +76,9 @@ class Study:
     """design × task × learning rate × seed.
 
     A run's configuration is that of `common`, of the task's base, of the task and of the overrides that apply, in this
-    order: what comes later wins, key by key. Arguments of models and data stand under `init_args` there. The design, the learning rate and the seed, of model and data, come last.
+    order: what comes later wins, key by key. Arguments of the model and of the data stand under `init_args` there; the
+    model is `ttr.training.TokenPrediction` unless its `class_path` says otherwise. The design, the learning rate and
+    the seed, of model and data, come last.
 
     Args:
         folder: where the results go.
