@@ -114,7 +114,7 @@ class NoisyRecall(Task):
 
 
 class FuzzyRecall(Task):
-    """Recall of keys and values that are several tokens long each; the targets are the tokens of a repeated key's value.
+    """Recall of keys and values of several tokens each; the targets are the tokens of a repeated key's value.
 
         tokens     k₁ k₁′ v₁  k₂ v₂ v₂′ v₂″  k₁ k₁′ v₁  …  k₂ v₂  v₂′
         targets     ·   ·  ·   ·  ·   ·   ·   ·  v₁  ·  …  v₂ v₂′ v₂″
@@ -167,7 +167,9 @@ class FuzzyRecall(Task):
         asked = repeated[..., None] & is_value & (chosen >= 0)
         return self._close_ranks(chosen.flatten(1), asked.flatten(1), pad)
 
-    def _motifs(self, generator: torch.Generator, slots: int, start: int, stop: int, longest: int, least: int) -> Tensor:
+    def _motifs(
+        self, generator: torch.Generator, slots: int, start: int, stop: int, longest: int, least: int
+    ) -> Tensor:
         """Different tokens of [start, stop), `least` to `longest` of them and then −1: (batch, slots, longest)."""
         rows = self.batch_size * slots
         motifs = start + distinct_integers(generator, rows, stop - start, longest)
@@ -249,4 +251,3 @@ class Compression(Task):
         targets = tokens.clone()
         targets[:, -1] = IGNORED
         return tokens, targets
-

@@ -1,5 +1,6 @@
 """Any text data set of the Hugging Face Hub, or of a local folder, through a tokenizer."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ class TokenizedText(Task):
 
 
 def _blocks(
-    documents: dict[str, list[Any]], tokenizer: "PreTrainedTokenizerBase", column: str, size: int
+    documents: Mapping[str, list[Any]], tokenizer: "PreTrainedTokenizerBase", column: str, size: int
 ) -> dict[str, list[list[int]]]:
     texts = tokenizer(documents[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
     stream = [token for tokens in texts["input_ids"] for token in (*tokens, tokenizer.eos_token_id)]
