@@ -79,7 +79,7 @@ class TokenizedText(Task):
 
     @cached_property
     def blocks(self) -> "dict[str, Dataset]":
-        """The blocks of each split: tensors int64 (length + 1) in a memory-mapped table."""
+        """A memory-mapped table for each split, with a row of length + 1 tokens for each block."""
         return {split: self._cut(name, self._load(split, name)) for split, name in self.splits.items()}
 
     def _load(self, split: str, name: str) -> "Dataset":
