@@ -110,7 +110,7 @@ def test_text_is_learnt_from_a_uniform_start(tmp_path):
         (RECALL, "--model.depth", "3", "'depth' is not accepted"),
         (RECALL, "--model.vocab_size", "3", "model.vocab_size: expected nothing, it is the task's, got 3"),
         (RECALL, "--data", "ttr.tasks.LinearRegression", "vocab_size: expected that of a task for TokenPrediction"),
-        (REGRESSION, "--data", "ttr.tasks.Recall", "input_size: expected that of a task for ValueRegression"),
+        (REGRESSION, "--data", "ttr.tasks.Memorization", "input_size: expected that of a task for ValueRegression"),
     ],
 )
 def test_a_mistake_is_one_message_and_no_traceback(monkeypatch, capsys, config, option, value, message):
