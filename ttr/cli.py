@@ -113,16 +113,8 @@ class _CommandLine(TrainingRun):
 
 # What a checkpoint's weights were trained as: to go on as something else would be a mistake, not a change of mind.
 SHAPING = {
-    "design",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "mlp_ratio",
-    "key_dim",
-    "value_dim",
-    "conv_width",
-    "conv_on",
-    "norm",
+    *("design", "d_model", "num_layers", "num_heads", "mlp_ratio", "key_dim", "value_dim"),
+    *("conv_width", "conv_on", "conv_silu", "norm"),
 }
 
 

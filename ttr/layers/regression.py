@@ -55,6 +55,7 @@ class RegressionLayer(nn.Module):
         value_dim: size of a value in each head; d_model // num_heads by default.
         conv_width: taps of the short convolutions c.
         conv_on: which of "q", "k" and "v" have one, as "qkv" or "k"; "" for none.
+        conv_silu: whether a SiLU follows them; without one, keys and queries are linear in the tokens.
         max_step_size: what β reaches; 2 admits negative eigenvalues, and with them parity. Grazzi et al. (2024).
         gate: whether the answers are gated by SiLU(W_g x).
         unit: whether queries and keys are brought to unit length; a slug's own by default, else True.
@@ -76,6 +77,7 @@ class RegressionLayer(nn.Module):
         value_dim: int | None = None,
         conv_width: int = 4,
         conv_on: str = "qkv",
+        conv_silu: bool = True,
         max_step_size: float = 1.0,
         gate: bool = False,
         unit: bool | None = None,
@@ -116,7 +118,7 @@ class RegressionLayer(nn.Module):
             {n: Constant(width) if n in fixed else nn.Linear(d_model, width, bias=False) for n, width in widths.items()}
         )
         convolved = [n for n in "qkv" if n in conv_on and n not in fixed]
-        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in convolved})
+        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width, conv_silu) for n in convolved})
         features = self.design.feature_map.size(key_dim)
         if "frequency" in self.design.inputs and features % 2:
             raise ValueError(f"key_dim: expected an even number for {self.design.weights}, got {key_dim}")

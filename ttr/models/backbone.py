@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         value_dim: size of a value in each head; d_model // num_heads by default.
         conv_width: taps of the short convolutions.
         conv_on: which of "q", "k" and "v" have one; "" for none.
+        conv_silu: whether a SiLU follows them.
         max_step_size: what β reaches; 2 admits negative eigenvalues.
         gate: whether the memories' answers are gated.
         unit: whether queries and keys are brought to unit length; as published by default.
@@ -76,6 +77,7 @@ class Backbone(nn.Module):
         value_dim: int | None = None,
         conv_width: int = 4,
         conv_on: str = "qkv",
+        conv_silu: bool = True,
         max_step_size: float = 1.0,
         gate: bool = False,
         unit: bool | None = None,
@@ -91,6 +93,7 @@ class Backbone(nn.Module):
             "value_dim": value_dim,
             "conv_width": conv_width,
             "conv_on": conv_on,
+            "conv_silu": conv_silu,
             "max_step_size": max_step_size,
             "gate": gate,
             "unit": unit,

@@ -32,6 +32,7 @@ __all__ = [
     "SelectiveCopy",
     "StandardLibraryText",
     "StateTracking",
+    "SystemIdentification",
     "Task",
     "TokenizedText",
     "ValueBatch",

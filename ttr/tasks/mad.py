@@ -114,7 +114,7 @@ class NoisyRecall(Task):
 
 
 class FuzzyRecall(Task):
-    """Recall of keys and values that are several tokens long each; the targets are the tokens of a repeated key's value.
+    """Recall of keys and values of several tokens each; the targets are the tokens of a repeated key's value.
 
         tokens     k₁ k₁′ v₁  k₂ v₂ v₂′ v₂″  k₁ k₁′ v₁  …  k₂ v₂  v₂′
         targets     ·   ·  ·   ·  ·   ·   ·   ·  v₁  ·  …  v₂ v₂′ v₂″

@@ -1,5 +1,6 @@
 """Any text data set of the Hugging Face Hub, or of a local folder, through a tokenizer."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ class TokenizedText(Task):
 
     @cached_property
     def blocks(self) -> "dict[str, Dataset]":
-        """The blocks of each split: tensors int64 (length + 1) in a memory-mapped table."""
+        """A memory-mapped table for each split, with a row of length + 1 tokens for each block."""
         return {split: self._cut(name, self._load(split, name)) for split, name in self.splits.items()}
 
     def _load(self, split: str, name: str) -> "Dataset":
@@ -101,7 +102,7 @@ class TokenizedText(Task):
 
 
 def _blocks(
-    documents: dict[str, list[Any]], tokenizer: "PreTrainedTokenizerBase", column: str, size: int
+    documents: Mapping[str, list[Any]], tokenizer: "PreTrainedTokenizerBase", column: str, size: int
 ) -> dict[str, list[list[int]]]:
     texts = tokenizer(documents[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
     stream = [token for tokens in texts["input_ids"] for token in (*tokens, tokenizer.eos_token_id)]

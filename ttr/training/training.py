@@ -61,7 +61,7 @@ class Training(LightningModule, ABC):
         self.model = self.make_model(**model)
 
     @abstractmethod
-    def make_model(self, **model: Any) -> nn.Module:
+    def make_model(self, *sizes: Any, **model: Any) -> nn.Module:
         """The model to train."""
 
     @abstractmethod
