@@ -36,13 +36,13 @@ def provenance(device: str, driver: str | None) -> Record:
         "driver": driver,
         "versions": versions,
         "sources": digest_of_kernels(),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "kernels", "ttr", "benchmarks")),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--", "kernels", "ttr", "benchmarks")),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=record.ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()  # fmt: skip

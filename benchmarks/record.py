@@ -27,8 +27,9 @@ def digest_of_ops() -> str:
     return digest_of(ROOT / "ttr" / "ops")
 
 
-def digest_of(folder: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+def digest_of(*folders: Path) -> str:
+    paths = (path for folder in folders for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def made_of(found: dict[str, Any], sources: str) -> Record:

@@ -20,7 +20,7 @@ from ttr.models.language_model import RegressionLM
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError as error:
     raise ImportError("ttr.models.hf: expected the extra hf to be installed: pip install 'transformers>=5'") from error
 
@@ -119,13 +119,13 @@ class RegressionForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        self.model.embedding = value  # type: ignore[assignment]
+        self.model.embedding = value
 
     def get_output_embeddings(self) -> torch.nn.Linear:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: torch.nn.Module) -> None:
-        self.model.head = new_embeddings  # type: ignore[assignment]
+        self.model.head = new_embeddings
 
     def forward(
         self,
