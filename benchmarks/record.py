@@ -24,8 +24,11 @@ ATTENTION = "scaled_dot_product_attention"
 
 def digest_of_ops() -> str:
     """Of the sources of what was timed: a record with another digest was made before their last change."""
-    sources = sorted((ROOT / "ttr" / "ops").glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return digest_of(ROOT / "ttr" / "ops")
+
+
+def digest_of(folder: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
 
 
 def made_of(found: dict[str, Any], sources: str) -> Record:

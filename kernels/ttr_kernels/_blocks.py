@@ -21,9 +21,7 @@ NO_DECAY, PER_HEAD, PER_CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr
 @triton.jit
 def load_rows(p_x, o_row, m_row, o_d, SIZE: tl.constexpr):
     """Rows of (rows, heads, SIZE) at flat places o_row, as a tile (rows, channels) that is zero outside."""
-    return tl.load(
-        p_x + o_row[:, None] * SIZE + o_d[None, :], mask=m_row[:, None] & (o_d[None, :] < SIZE), other=0.0
-    )
+    return tl.load(p_x + o_row[:, None] * SIZE + o_d[None, :], mask=m_row[:, None] & (o_d[None, :] < SIZE), other=0.0)
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def load_log_decay(p_log_decay, o_row, m_row, o_k, K: tl.constexpr, DECAY: tl.co
     if DECAY == PER_CHANNEL:
         b_log_decay = load_rows(p_log_decay, o_row, m_row, o_k, K)
     else:
-        b_log_decay = tl.load(p_log_decay + o_row, mask=m_row, other=0.0)[:, None]
+        b_log_decay = tl.load(p_log_decay + o_row, mask=m_row, other=0.0)
     # exp(-128) is zero in float32. The bound makes -inf a plain reset and keeps the sum of 128 multiples of 2⁻¹⁰
     # within 24 bits. A comparison, unlike a maximum, lets NaN through.
     b_log_decay = tl.where(b_log_decay < -128.0, -128.0, b_log_decay)
@@ -56,7 +54,11 @@ def decay_of_chunk(b_coarse, b_fine):
     b_fine_all = tl.sum(b_fine, axis=0, keep_dims=True)
     b_since = tl.exp(b_coarse_sum + b_fine_sum)
     b_until = tl.exp((b_coarse_all - b_coarse_sum) + (b_fine_all - b_fine_sum))
-    return b_since, b_until, tl.exp(b_coarse_all + b_fine_all)
+    b_all = tl.exp(b_coarse_all + b_fine_all)
+    if len(b_coarse.shape) == 1:
+        return b_since[:, None], b_until[:, None], b_all[:, None]
+    else:
+        return b_since, b_until, b_all
 
 
 @triton.jit
@@ -64,15 +66,38 @@ def decay_matrix(b_coarse, b_fine):
     """exp(c_t − c_j) for j ≤ t, else 0, of a decay per head."""
     b_coarse_sum = tl.cumsum(b_coarse, axis=0)
     b_fine_sum = tl.cumsum(b_fine, axis=0)
-    b_exponent = (b_coarse_sum - tl.trans(b_coarse_sum)) + (b_fine_sum - tl.trans(b_fine_sum))
+    b_exponent = (b_coarse_sum[:, None] - b_coarse_sum[None, :]) + (b_fine_sum[:, None] - b_fine_sum[None, :])
     o_t = tl.arange(0, b_coarse.shape[0])
     return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_exponent, float("-inf")))
 
 
 @triton.jit
 def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
-    """b_sum + b_a b_b; where the dtypes differ, both become float32."""
-    if b_a.dtype != b_b.dtype:
-        b_a = b_a.to(tl.float32)
-        b_b = b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    """b_sum + b_a b_b.
+
+    Of a bfloat16 and a float32 operand, the second is cut into two bfloat16 parts, which hold 16 of its bits: more than
+    TF32 would, at the same cost, and the first operand stays as it was loaded. (float16 has too small a range.)
+    """
+    if b_a.dtype == tl.bfloat16 and b_b.dtype == tl.float32:
+        b_high = b_b.to(tl.bfloat16)
+        b_sum = tl.dot(b_a, b_high, b_sum)
+        return tl.dot(b_a, (b_b - b_high.to(tl.float32)).to(tl.bfloat16), b_sum)
+    elif b_b.dtype == tl.bfloat16 and b_a.dtype == tl.float32:
+        b_high = b_a.to(tl.bfloat16)
+        b_sum = tl.dot(b_high, b_b, b_sum)
+        return tl.dot((b_a - b_high.to(tl.float32)).to(tl.bfloat16), b_b, b_sum)
+    else:
+        if b_a.dtype != b_b.dtype:
+            b_a = b_a.to(tl.float32)
+            b_b = b_b.to(tl.float32)
+        return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def write(b_state, b_keys, b_values, b_decay, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """The state after the decayed products of keys and values."""
+    if DECAY == PER_CHANNEL:
+        b_keys = b_keys * b_decay
+    elif DECAY != NO_DECAY:
+        b_values = b_values * b_decay
+    return product(tl.trans(b_keys), b_values, b_state, PRECISION)

@@ -71,7 +71,9 @@ def check(
     reference = arguments[like][0]
     assert reference is not None
     if reference.dtype not in DTYPES:
-        raise ValueError(f'{like}: expected dtype float32, float16 or bfloat16, got {reference.dtype}; use backend="torch"')
+        raise ValueError(
+            f'{like}: expected dtype float32, float16 or bfloat16, got {reference.dtype}; use backend="torch"'
+        )
     if reference.device.type == "cpu" and not interpreted():
         raise ValueError(
             f"{like}: expected a GPU tensor, got one on the CPU; set TRITON_INTERPRET=1 before triton is imported, "

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttr_kernels._blocks import NO_DECAY, decay_of_chunk, load_log_decay, load_rows, product, store_rows
+from ttr_kernels._blocks import PER_CHANNEL, PER_HEAD, decay_of_chunk, load_log_decay, load_rows, product, store_rows
 from ttr_kernels._launch import CHUNK, block, decay_kind, precision
 from ttr_kernels._packing import Packing
 
@@ -39,12 +39,16 @@ def output_kernel(
         for i_k in range(0, K, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             b_rows = load_rows(p_rows, o_row, m_t, o_k, K)
-            if DECAY != NO_DECAY:
+            if DECAY == PER_CHANNEL:
                 b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_k, K, DECAY)
                 b_since, b_until, _ = decay_of_chunk(b_coarse, b_fine)
                 b_rows = b_rows * (b_until if TRANSPOSED else b_since)
             b_state = load_rows(p_state, o_k, o_k < K, o_v, V)
             b_y = product(b_rows, b_state, b_y, PRECISION)
+        if DECAY == PER_HEAD:
+            b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_t, K, DECAY)
+            b_since, b_until, _ = decay_of_chunk(b_coarse, b_fine)
+            b_y *= b_until if TRANSPOSED else b_since
     b_scores = load_rows(p_scores, o_row, m_t, o_t, CHUNK)
     b_v = load_rows(p_values, o_row, m_t, o_v, V)
     b_y = product(tl.trans(b_scores) if TRANSPOSED else b_scores, b_v, b_y, PRECISION)
@@ -66,7 +70,7 @@ def outputs(
     heads, key, value = rows.shape[-2], rows.shape[-1], values.shape[-1]
     chunks = packing.cut(CHUNK)
     block_v = block(value, 64)
-    output_kernel[(chunks.count * heads, triton.cdiv(value, block_v))](
+    output_kernel[(chunks.number * heads, triton.cdiv(value, block_v))](
         rows, scores, values, log_decay, states, y, chunks.table, heads,
         K=key, V=value, CHUNK=CHUNK, BLOCK_K=block(key, 64), BLOCK_V=block_v, DECAY=decay_kind(log_decay),
         TRANSPOSED=transposed, PRECISION=precision(rows.dtype, rows.device), num_warps=4, num_stages=2,

@@ -25,7 +25,7 @@ class Spans(NamedTuple):
     offsets: Tensor
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return self.table.shape[0]
 
 

@@ -47,7 +47,7 @@ def recurrence_kernel(
     if p_initial_momentum is not None:
         b_push = tl.load(p_initial_momentum + o_state, mask=m_state, other=0.0)
     for i_t in range(i_first, i_stop):
-        i_row = i_t.to(tl.int64) * H + tl.program_id(0) % H
+        i_row = tl.cast(i_t, tl.int64) * H + tl.program_id(0) % H
         b_k = load_column(p_k, i_row, o_k, K)
         b_v = tl.load(p_v + i_row * V + o_v[None, :], mask=m_v, other=0.0).to(tl.float32)
         if DECAY == PER_CHANNEL:
@@ -84,13 +84,16 @@ def recur(
     initial: Tensor | None,
     y: Tensor,
     packing: Packing,
+    momentum: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Write y and return the final state."""
+    """Write y and return the final state. `momentum`: its logarithm, its first state, and where the last one goes."""
     heads, key, value = q.shape[-2], q.shape[-1], v.shape[-1]
     final = q.new_empty((packing.sequences, heads, key, value), dtype=torch.float32)
+    log_momentum, initial_momentum, final_momentum = momentum or (None, None, None)
     block_v = block(value, 32)
     recurrence_kernel[(packing.sequences * heads, triton.cdiv(value, block_v))](
-        q, k, v, gain, log_decay, None, initial, None, y, final, None, packing.whole(CHUNK).table, heads,
+        q, k, v, gain, log_decay, log_momentum, initial, initial_momentum,
+        y, final, final_momentum, packing.whole(CHUNK).table, heads,
         K=key, V=value, BLOCK_K=block(key), BLOCK_V=block_v, DECAY=decay_kind(log_decay), num_warps=4,
     )  # fmt: skip
     return final

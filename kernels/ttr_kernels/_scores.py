@@ -182,7 +182,9 @@ def channel_gradient_kernel(
     store_rows(p_to_columns, b_to_columns, o_row, m_t, o_k, K)
 
 
-def scores(rows: Tensor, columns: Tensor, log_decay: Tensor | None, packing: Packing, *, strict: bool = False) -> Tensor:
+def scores(
+    rows: Tensor, columns: Tensor, log_decay: Tensor | None, packing: Packing, *, strict: bool = False
+) -> Tensor:
     """A, (batch, time, heads, CHUNK), of rows and columns (batch, time, heads, key)."""
     heads, key = rows.shape[-2:]
     chunks = packing.cut(CHUNK)
@@ -190,14 +192,14 @@ def scores(rows: Tensor, columns: Tensor, log_decay: Tensor | None, packing: Pac
     decay = decay_kind(log_decay)
     sizes = {"K": key, "CHUNK": CHUNK, "STRICT": strict, "PRECISION": precision(rows.dtype, rows.device)}
     if decay == 2:
-        channel_scores_kernel[(chunks.count * heads, (CHUNK // BLOCK_T) ** 2)](
+        channel_scores_kernel[(chunks.number * heads, (CHUNK // BLOCK_T) ** 2)](
             rows, columns, log_decay, found, chunks.table, heads,
-            BLOCK_T=BLOCK_T, BLOCK_K=block(key, 32), **sizes, num_warps=4,
+            BLOCK_T=BLOCK_T, BLOCK_K=block(key, 16), **sizes, num_warps=4,
         )  # fmt: skip
     else:
-        scores_kernel[(chunks.count * heads,)](
+        scores_kernel[(chunks.number * heads,)](
             rows, columns, log_decay, found, chunks.table, heads,
-            DECAY=decay, BLOCK_K=block(key, 64), **sizes, num_warps=4,
+            DECAY=decay, BLOCK_K=block(key, 64), **sizes, num_warps=8 if rows.dtype == torch.float32 else 4,
         )  # fmt: skip
     return found
 
@@ -210,7 +212,7 @@ def channel_gradients(
     chunks = packing.cut(CHUNK)
     to_rows, to_columns = (rows.new_empty(rows.shape, dtype=torch.float32) for _ in range(2))
     block_k = block(key, 32)
-    channel_gradient_kernel[(chunks.count * heads, CHUNK // BLOCK_T, triton.cdiv(key, block_k))](
+    channel_gradient_kernel[(chunks.number * heads, CHUNK // BLOCK_T, triton.cdiv(key, block_k))](
         rows, columns, log_decay, to_scores, to_rows, to_columns, chunks.table, heads,
         K=key, CHUNK=CHUNK, BLOCK_T=BLOCK_T, BLOCK_K=block_k, PRECISION=precision(rows.dtype, rows.device), num_warps=4,
     )  # fmt: skip

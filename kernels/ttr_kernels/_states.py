@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL, decay_of_chunk, load_log_decay, load_rows, product
+from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL, decay_of_chunk, load_log_decay, load_rows, write
 from ttr_kernels._launch import CHUNK, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 
@@ -62,14 +62,15 @@ def state_kernel(
         if p_states is not None:
             p_chunk = p_states + ((i_chunk + i_step) * H + i_h) * (K * V)
             tl.store(p_chunk + o_state, b_state, mask=m_state)
+        b_decay = 1.0
         if DECAY != NO_DECAY:
             b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_k, K, DECAY)
             b_since, b_until, b_all = decay_of_chunk(b_coarse, b_fine)
             b_left = tl.trans(b_all)
             b_state *= b_left
             b_factor *= b_left
-            b_k = b_k * (b_since if BACKWARDS else b_until)
-        b_state = product(tl.trans(b_k), b_v, b_state, PRECISION)
+            b_decay = b_since if BACKWARDS else b_until
+        b_state = write(b_state, b_k, b_v, b_decay, DECAY, PRECISION)
     tl.store(p_final + i_state + o_state, b_state, mask=m_state)
     if p_factor is not None:
         # The blocks of values write the same numbers.
@@ -101,7 +102,7 @@ def segment_scan_kernel(
         i_head = (i_segment.to(tl.int64) * H + i_h) * SIZE
         tl.store(p_starts + i_head + o_state, b_state, mask=m_state)
         b_total = tl.load(p_totals + i_head + o_state, mask=m_state, other=0.0)
-        if FACTORS > 0:
+        if p_factor is not None:
             # One factor a head, or one a row of the state.
             o_factor = (i_segment * H + i_h) * FACTORS + (o_state // V if FACTORS > 1 else o_state * 0)
             b_state *= tl.load(p_factor + o_factor, mask=m_state, other=0.0)
@@ -144,20 +145,20 @@ def chunk_states(
         return keys.new_empty((count, heads, *shape), dtype=torch.float32)
 
     def carry(spans: Spans, *tensors: Tensor | None) -> None:
-        state_kernel[(spans.count * heads, blocks)](
+        state_kernel[(spans.number * heads, blocks)](
             keys, values, log_decay, *tensors, spans.table, heads, **sizes
         )  # fmt: skip
 
-    states = new(packing.cut(CHUNK).count, key, value) if keep else None
+    states = new(packing.cut(CHUNK).number, key, value) if keep else None
     final = new(packing.sequences, key, value)
     spans = segments(packing, heads * blocks)
-    if spans.count == packing.sequences:
+    if spans.number == packing.sequences:
         carry(spans, initial, states, final, None)
         return states, final
 
-    totals, starts = new(spans.count, key, value), new(spans.count, key, value)
+    totals, starts = new(spans.number, key, value), new(spans.number, key, value)
     factors = {0: 0, 1: 1, 2: key}[decay]
-    factor = new(spans.count, factors) if factors else None
+    factor = new(spans.number, factors) if factors else None
     carry(spans, None, None, totals, factor)
     segment_scan_kernel[(packing.sequences * heads, triton.cdiv(key * value, 1024))](
         totals, factor, initial, starts, final, spans.offsets, heads,

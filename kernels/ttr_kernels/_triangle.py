@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttr_kernels._blocks import load_rows, product, store_rows
+from ttr_kernels._blocks import product, store_rows
 from ttr_kernels._launch import CHUNK, precision
 from ttr_kernels._packing import Packing
 
@@ -27,7 +27,7 @@ def inverse_kernel(p_scores, p_inverse, p_chunks, H, CHUNK: tl.constexpr, PRECIS
     o_t = tl.arange(0, CHUNK)
     m_t = i_first + o_t < i_stop
     o_row = (i_first + o_t).to(tl.int64) * H + tl.program_id(0) % H
-    b_scores = load_rows(p_scores, o_row, m_t, o_t, CHUNK)
+    p_scores_block = p_scores + o_row[:, None] * CHUNK + o_t[None, :]
     b_inverse = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0)
     b_none = tl.zeros([CHUNK, CHUNK], tl.float32)
     size = 1
@@ -36,7 +36,8 @@ def inverse_kernel(p_scores, p_inverse, p_chunks, H, CHUNK: tl.constexpr, PRECIS
         m_square = (o_t[:, None] // (2 * size) == o_t[None, :] // (2 * size)) & (
             o_t[:, None] // size > o_t[None, :] // size
         )
-        b_square = tl.where(m_square, b_scores, 0.0)
+        # Loaded anew for every size: all of them would not fit into registers beside the products.
+        b_square = tl.load(p_scores_block, mask=m_square & m_t[:, None], other=0.0)
         b_square = product(b_inverse, b_square, b_none, PRECISION)
         b_inverse -= product(b_square, b_inverse, b_none, PRECISION)
         size *= 2
@@ -48,7 +49,7 @@ def unit_triangular_inverse(scores: Tensor, packing: Packing) -> Tensor:
     heads = scores.shape[-2]
     chunks = packing.cut(CHUNK)
     inverse = scores.new_empty(scores.shape)
-    inverse_kernel[(chunks.count * heads,)](
+    inverse_kernel[(chunks.number * heads,)](
         scores, inverse, chunks.table, heads,
         CHUNK=CHUNK, PRECISION=precision(scores.dtype, scores.device), num_warps=4,
     )  # fmt: skip

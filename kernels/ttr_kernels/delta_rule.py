@@ -77,9 +77,7 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    (q, k, v, gain, log_decay, initial_state), packed = arranged(
-        cu_seqlens, q, k, v, gain, log_decay, initial_state
-    )
+    (q, k, v, gain, log_decay, initial_state), packed = arranged(cu_seqlens, q, k, v, gain, log_decay, initial_state)
     y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
         if is_short(packed):
@@ -118,13 +116,13 @@ def _backward(
         of_correcting = gradients(
             k, gain, errors, z, log_decay, a, scores(z, errors, None, packed, strict=True), states, None, packed
         )
-    to_q, to_k = of_reading[0], of_correcting[0]
-    to_gain, to_log_decay = (
-        None if x is None else x + y for x, y in zip(of_reading[1:], of_correcting[1:], strict=True)
-    )
-    to_gain = present(to_gain, q)
+    to_q, to_gain, to_log_decay = of_reading
+    to_k, more_to_gain, more_to_log_decay = of_correcting
+    if to_log_decay is not None and more_to_log_decay is not None:
+        to_log_decay += more_to_log_decay
     return (
-        to_q.to(q.dtype), to_k.to(k.dtype), (-z).to(v.dtype), to_gain.to(gain.dtype), present(to_log_decay, q), to_initial
+        to_q.to(q.dtype), to_k.to(k.dtype), (-z).to(v.dtype), (to_gain + more_to_gain).to(gain.dtype),
+        present(to_log_decay, q), to_initial,
     )  # fmt: skip
 
 

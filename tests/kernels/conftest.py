@@ -2,9 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+from guards import guarded, in_nan
+from torch import Tensor
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, and again when a kernel is decorated.
@@ -14,3 +18,14 @@ if not torch.cuda.is_available():
             "set TRITON_INTERPRET=1, or run tests/kernels in a process of its own"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        import interpreter_bf16
+
+        interpreter_bf16.install()
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What kernels write starts as NaN between margins that must survive; yields `in_nan`, for what they read."""
+    with guarded(monkeypatch):
+        yield in_nan

@@ -1,0 +1,228 @@
+"""What the kernels should take on a GPU that is not here: `python -m benchmarks.estimate`.
+
+Nothing is measured. Each op is called at the shapes of the benchmark with the settings for the GPU; of every launch a
+few programs run under Triton's interpreter, where products of matrices are counted and not computed. A launch moves
+each of its tensors once. It then takes at least
+
+    operations / the GPU's peak,    bytes / its bandwidth,    waves · products one after the other · PRODUCT_SECONDS
+
+and what it takes is put at the largest of the three; a GPU that is not full computes and loads at the part of its rates
+that is. How many programs a multiprocessor holds is what the compiler made of the kernel (tests/kernels/budgets).
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import provenance, roofline
+from benchmarks.kernel_cases import DIRECTIONS, OPS, SHAPES, Shape
+from benchmarks.record import ROOT, table
+
+Record = dict[str, Any]
+
+RECORDED = provenance.RESULTS / "kernels.estimate.json"
+DEVICE, TARGET = "H200", "sm_90"
+PRODUCT_SECONDS = 0.4e-6  # of a product of 64 × 64 tiles that waits for the one before: some 700 cycles, an assumption
+LAUNCH_SECONDS = 4e-6  # from one launch to the next, an assumption too
+
+TESTS = ROOT / "tests" / "kernels"
+
+
+class Launch(NamedTuple):
+    """A launch as it was counted."""
+
+    kernel: str
+    programs: int
+    half: float
+    tf32: float
+    float32: float
+    bytes: float
+    products: float
+    forward: bool
+
+
+def support() -> tuple[Any, Any, Any]:
+    """The tests' cases, launches and budgets, which are beside them and not in a package."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    names = ("cases", "launches", "compile_kernels")
+    import_module("interpreter_bf16").install()
+    cases, launches, compile_kernels = map(import_module, names)
+    return cases, launches, compile_kernels
+
+
+@contextmanager
+def counted(target: str = TARGET) -> Iterator[list[Launch]]:
+    """The launches of what is called inside; of each, the programs in the middle of the grid's first axis run."""
+    from triton.runtime import interpreter
+
+    _, launches, _ = support()
+    found: list[Launch] = []
+    counts = np.zeros(4)  # operations in half precision, TF32, float32; products
+
+    def dot(a: Any, b: Any, d: Any, input_precision: Any, *_: Any) -> Any:
+        *batch, m, k = a.data.shape
+        operations = 2 * math.prod(batch) * m * k * b.data.shape[-1]
+        name = str(input_precision).rpartition(".")[2].lower()
+        if a.dtype.scalar.primitive_bitwidth < 32:
+            counts[0] += operations
+        elif name in ("tf32", "tf32x3"):
+            counts[1] += operations * (3 if name == "tf32x3" else 1)
+        else:
+            counts[2] += operations
+        counts[3] += 1
+        return interpreter.TensorHandle(d.data, d.dtype.scalar)
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        names = set(kernel.arg_names)
+        bound = inspect.getcallargs(kernel.fn, *args, **{k: v for k, v in options.items() if k in names})
+        grid = grid(bound) if callable(grid) else grid
+        grid = (*grid, 1, 1)[:3]
+        counts[:] = 0
+        execute(kernel, bound, grid, grid[0] // 2)
+        tensors = {x.data_ptr(): x for x in bound.values() if isinstance(x, Tensor)}
+        moved = sum(x.numel() * x.element_size() for x in tensors.values())
+        half, tf32, single, products = counts * grid[0]
+        programs = math.prod(grid)
+        found.append(
+            Launch(kernel.__name__, programs, half, tf32, single, moved, products / programs, launches.is_forward())
+        )
+
+    def execute(kernel: Any, bound: dict[str, Any], grid: tuple[int, ...], x: int) -> None:
+        function = kernel.rewrite()
+        constants = interpreter.GridExecutor(function, kernel.arg_names, grid).constexprs
+        arguments = {k: v if k in constants else interpreter._implicit_cvt(v) for k, v in bound.items()}
+        scope = interpreter._patch_lang(function)
+        builder = interpreter.interpreter_builder
+        builder.set_grid_dim(*grid)
+        try:
+            for y in range(grid[1]):
+                for z in range(grid[2]):
+                    builder.set_grid_idx(x, y, z)
+                    function(**arguments)
+        finally:
+            scope.restore()
+
+    changes = [(interpreter.InterpretedFunction, "run", run), (interpreter.interpreter_builder, "create_dot", dot)]
+    with launches.replaced([*changes, *launches.on_target(target)]), np.errstate(all="ignore"):
+        yield found
+    del interpreter.interpreter_builder.create_dot
+
+
+def seconds(launch: Launch, resident: int, peaks: roofline.Peaks) -> dict[str, float]:
+    """The three lower bounds of a launch's time."""
+    filled = min(1.0, launch.programs / peaks.multiprocessors)
+    operations = launch.half / peaks.half + launch.tf32 / peaks.tf32 + launch.float32 / peaks.float32
+    waves = math.ceil(launch.programs / (peaks.multiprocessors * resident))
+    return {
+        "products": operations / filled,
+        "memory": launch.bytes / peaks.bytes / filled,
+        "latency": waves * launch.products * PRODUCT_SECONDS,
+    }
+
+
+def row(
+    name: str, shape: Shape, direction: str, launches: list[Launch], budgets: Record, peaks: roofline.Peaks
+) -> Record:
+    """The estimate of an op in one direction: the sum over its launches."""
+    kernels: dict[str, Record] = {}
+    for launch in launches:
+        if direction == "forward" and not launch.forward:
+            continue
+        size = f"bf16 D={shape.dim}"
+        known = (budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward"))
+        resident = max(1, min((budget["programs"] for budget in known if budget), default=1))
+        bounds = seconds(launch, resident, peaks)
+        longest = max(bounds, key=lambda bound: bounds[bound])
+        kernel = kernels.setdefault(
+            launch.kernel,
+            {"launches": 0, "seconds": 0.0, "bound": longest, "programs": launch.programs, "resident": resident},
+        )
+        kernel["launches"] += 1
+        kernel["seconds"] += bounds[longest]
+    chosen = [launch for launch in launches if launch.forward or direction != "forward"]
+    count = sum(kernel["launches"] for kernel in kernels.values())
+    found = {
+        "op": name,
+        "shape": list(shape),
+        "direction": direction,
+        "executed": {kind: sum(getattr(launch, kind) for launch in chosen) for kind in ("half", "tf32", "float32")},
+        "moved": sum(launch.bytes for launch in chosen),
+        "seconds": max(sum(kernel["seconds"] for kernel in kernels.values()), count * LAUNCH_SECONDS),
+        "kernels": kernels,
+    }
+    op = next((op for op in OPS if op.name == name), None)
+    if op and name in roofline.FLOPS:
+        flops, moved = roofline.flops_of(name, shape, direction), roofline.bytes_of(op, shape, direction)
+        found |= {"flops": flops, "bytes": moved, "roofline": roofline.seconds(flops, moved, peaks)}
+    return found
+
+
+def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list[Record]:
+    """Rows of all cases that are differentiated, at the shapes that the benchmark measures each at."""
+    _, launches, compile_kernels = support()
+    peaks, budgets, rows = roofline.PEAKS[DEVICE], compile_kernels.load_budgets(), []
+    of_op = {op.name: op.shapes for op in OPS}
+    for case in cases:
+        for shape in shapes or of_op.get(str(case), SHAPES):
+            sizes = shape._asdict() | {"sequences": shape.batch}
+            inputs = case.inputs(torch.bfloat16, sizes.pop("dim"), **sizes)
+            with counted() as found:
+                launches.call(case, inputs)
+            rows += [row(str(case), shape, direction, found, budgets, peaks) for direction in DIRECTIONS]
+            print(f"{case}, {shape}", file=sys.stderr, flush=True)
+    return rows
+
+
+def text(rows: list[Record]) -> str:
+    lines = []
+    for made in rows:
+        slowest = max(made["kernels"], key=lambda name: made["kernels"][name]["seconds"])
+        kernel = made["kernels"][slowest]
+        lines.append(
+            (
+                made["op"],
+                made["direction"],
+                str(Shape(*made["shape"])),
+                f"{1e3 * made['seconds']:.3f}",
+                f"{1e3 * made['roofline']:.3f}" if "roofline" in made else "",
+                f"{sum(made['executed'].values()) / 1e9:.0f}",
+                f"{made['moved'] / 2**20:.0f}",
+                f"{sum(made['executed'].values()) / made['moved']:.0f}",
+                f"{slowest} {kernel['seconds'] / made['seconds']:.0%} ({kernel['bound']}, {kernel['resident']} resident)",
+            )
+        )
+    header = ("op", "direction", "shape", "estimated ms", "roofline ms", "GFLOP", "MiB", "FLOP/byte", "slowest kernel")
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-k", dest="pattern", default="", help="only ops whose name has this; the record stays")
+    pattern = parser.parse_args().pattern
+    cases, _, _ = support()
+    chosen = [case for case in cases.CASES if case.backward and pattern in str(case)]
+    peaks = roofline.PEAKS[DEVICE]
+    made = provenance.provenance(f"NVIDIA {DEVICE}", None) | {"estimate": True, "peaks": peaks._asdict()}
+    made["rows"] = estimates(chosen)
+    print(provenance.sentence(made), text(made["rows"]), sep="\n\n")
+    if not pattern:
+        provenance.write(made, RECORDED)
+
+
+if __name__ == "__main__":
+    main()
