@@ -59,8 +59,8 @@ def conjugate_gradient_kernel(
     b_left = tl.full([BLOCK_T], 1.0, tl.float32)
     if DECAY != NO_DECAY:
         b_coarse, b_fine = load_log_decay(p_log_decay + i_row, o_column, m_column, o_j, 1, DECAY)
-        b_coarse = tl.trans(tl.cumsum(b_coarse, axis=0))
-        b_fine = tl.trans(tl.cumsum(b_fine, axis=0))
+        b_coarse = tl.cumsum(b_coarse, axis=0)[None, :]
+        b_fine = tl.cumsum(b_fine, axis=0)[None, :]
         m_same = o_t[:, None] == o_j[None, :]
         b_coarse_row = tl.sum(tl.where(m_same, b_coarse, 0.0), axis=1)
         b_fine_row = tl.sum(tl.where(m_same, b_fine, 0.0), axis=1)
@@ -139,8 +139,8 @@ def whiten_by_conjugate_gradients(
     chunks = packing.cut(CHUNK)
     heads, key = q.shape[-2:]
     x, decay = q.new_empty(q.shape), q.new_empty((*q.shape[:-1], CHUNK))
-    residual = q.new_empty((chunks.count, heads, CHUNK // BLOCK_T))
-    conjugate_gradient_kernel[(chunks.count * heads, CHUNK // BLOCK_T)](
+    residual = q.new_empty((chunks.number, heads, CHUNK // BLOCK_T))
+    conjugate_gradient_kernel[(chunks.number * heads, CHUNK // BLOCK_T)](
         q, k, log_decay, starts, ridge, x, decay, residual, chunks.table, heads, steps, tolerance,
         K=key, CHUNK=CHUNK, BLOCK_T=BLOCK_T, BLOCK_K=block(key), BLOCK=16, DECAY=decay_kind(log_decay),
         PRECISION=precision(q.dtype, q.device), num_warps=8, num_stages=1,

@@ -29,28 +29,28 @@ ROUNDING = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 @triton.jit
-def inverse_root_of_tile(b_a, b_diagonal):
-    """The inverse root of a tile, and the loss of digits; of A, `b_diagonal` is (rows, 1).
+def inverse_root_of_tile(b_a, b_diagonal, rows):
+    """The inverse root of a tile, an identity from `rows` on, and the loss of digits; of A, `b_diagonal` is (rows, 1).
 
     A pivot that is nothing but rounding counts as infinite: its row is zero, and nothing grows.
     """
     o_row = tl.arange(0, b_a.shape[0])[:, None]
     o_column = tl.arange(0, b_a.shape[0])[None, :]
-    b_least = b_diagonal * ROUNDING
-    for j in range(0, b_a.shape[0]):
+    # In units in which A has ones on its diagonal.
+    b_unit = tl.where(b_diagonal > 0.0, 1.0 / tl.sqrt(tl.where(b_diagonal > 0.0, b_diagonal, 1.0)), 0.0)
+    b_a *= b_unit * tl.trans(b_unit)
+    for j in range(0, rows):
         b_row = tl.sum(tl.where(o_row == j, b_a, 0.0), axis=0, keep_dims=True)
-        b_column = tl.sum(tl.where(o_column == j, b_a, 0.0), axis=1, keep_dims=True)
         b_pivot = tl.sum(tl.where(o_column == j, b_row, 0.0), axis=1, keep_dims=True)
-        b_bound = tl.sum(tl.where(o_row == j, b_least, 0.0), axis=0, keep_dims=True)
-        b_pivot = tl.where(b_pivot > b_bound, b_pivot, float("inf"))
-        b_factor = tl.where(o_row > j, b_column / b_pivot, 0.0)
+        # What is left of A is symmetric, so its row is also its column.
+        b_factor = tl.where(o_row > j, tl.trans(b_row) / tl.where(b_pivot > ROUNDING, b_pivot, float("inf")), 0.0)
         # Column j of A has been used up; its place takes column j of what began as the identity.
         b_a = tl.where((o_column == j) & (o_row > j), 0.0, b_a) - b_factor * tl.where(o_column == j, 1.0, b_row)
     b_pivot = tl.sum(tl.where(o_row == o_column, b_a, 0.0), axis=1, keep_dims=True)
-    m_lost = b_pivot <= b_least
-    b_pivot = tl.where(m_lost, float("inf"), b_pivot)
+    b_pivot = tl.where(b_pivot <= ROUNDING, float("inf"), b_pivot)
     b_root = tl.where(o_row > o_column, b_a, tl.where(o_row == o_column, 1.0, 0.0)) / tl.sqrt(b_pivot)
-    return b_root, tl.max(tl.max(tl.where(m_lost, float("inf"), b_diagonal / b_pivot), axis=1), axis=0)
+    b_loss = tl.where(b_pivot < float("inf"), 1.0 / b_pivot, float("inf"))
+    return b_root * tl.trans(b_unit), tl.max(tl.max(b_loss, axis=1), axis=0)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def inverse_root(p_a, p_root, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION:
             p_above = p_root + (i_above + o_b)[:, None] * K
             b_above = tl.load(p_above + o_row[None, :], mask=o_row[None, :] < K, other=0.0)
             b_a = product(-tl.trans(b_above), b_above, b_a, PRECISION)
-        b_scale, loss_here = inverse_root_of_tile(b_a, b_diagonal)
+        b_scale, loss_here = inverse_root_of_tile(b_a, b_diagonal, tl.minimum(ROOT, K - i_row))
         loss = tl.maximum(loss, loss_here)
         for i_column in range(0, K, BLOCK_K):
             o_column = i_column + tl.arange(0, BLOCK_K)
@@ -117,9 +117,9 @@ def inverse_roots(matrices: Tensor, loss: Tensor, chunks: Spans, *, limit: float
     """R of (chunks, heads, size, size), and the loss (chunks, heads) brought up to date."""
     heads, size = matrices.shape[1:3]
     roots = matrices.new_empty(matrices.shape)
-    inverse_root_kernel[(chunks.count * heads,)](
+    inverse_root_kernel[(chunks.number * heads,)](
         matrices, roots, loss, chunks.table, heads, limit,
-        K=size, BLOCK_K=block(size, 64), FIRST=first, PRECISION=precision(torch.float32, matrices.device),
+        K=size, BLOCK_K=block(size, 32), FIRST=first, PRECISION=precision(torch.float32, matrices.device),
         num_warps=1, num_stages=1,
     )  # fmt: skip
     return roots

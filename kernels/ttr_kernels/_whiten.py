@@ -62,18 +62,19 @@ def times_root(
 
 @triton.jit
 def left_of_start(p_log_decay, o_row, m_row, DECAY: tl.constexpr):
-    """exp(c_t), (rows, 1)."""
+    """exp(c_t)."""
     if DECAY == NO_DECAY:
-        return tl.full([o_row.shape[0], 1], 1.0, tl.float32)
-    b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_row, o_row, 1, DECAY)
-    return tl.exp(tl.cumsum(b_coarse, axis=0) + tl.cumsum(b_fine, axis=0))
+        return tl.full([o_row.shape[0]], 1.0, tl.float32)
+    else:
+        b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_row, o_row, 1, DECAY)
+        return tl.exp(tl.cumsum(b_coarse, axis=0) + tl.cumsum(b_fine, axis=0))
 
 
 @triton.jit
 def overlap_of_keys(p_keys, o_row, m_row, b_left, K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """Diag(e^c) + K̂ K̂ᵀ."""
     o_t = tl.arange(0, o_row.shape[0])
-    b_overlap = tl.where(o_t[:, None] == o_t[None, :], b_left, 0.0)
+    b_overlap = tl.where(o_t[:, None] == o_t[None, :], b_left[:, None], 0.0)
     for i_d in range(0, K, BLOCK):
         b_keys = load_rows(p_keys, o_row, m_row, i_d + tl.arange(0, BLOCK), K)
         b_overlap = product(b_keys, tl.trans(b_keys), b_overlap, PRECISION)
@@ -158,7 +159,7 @@ def woodbury_kernel(
     b_triangle = tl.load(p_triangle, mask=o_t[:, None] >= o_t[None, :], other=0.0)
     accurate = subtract_learned(p_queries, p_keys, b_triangle, o_row, m_t, K, BLOCK, PRECISION)
     b_left = left_of_start(p_log_decay, o_row, m_t, DECAY)
-    if not (accurate & (tl.min(tl.min(b_left, axis=1), axis=0) > ROUNDING)):
+    if not (accurate & (tl.min(b_left, axis=0) > ROUNDING)):
         tl.store(p_loss + tl.program_id(0), 2.0)
 
 
@@ -181,7 +182,7 @@ def return_kernel(
     o_row = (i_first + o_t).to(tl.int64) * H + tl.program_id(0) % H
     p_root = p_roots + tl.program_id(0).to(tl.int64) * (K * K)
     b_x = times_root(p_rest, o_row, m_t, p_root, K, BLOCK_K, BLOCK, False, PRECISION)
-    b_x /= left_of_start(p_log_decay, o_row, m_t, DECAY)
+    b_x /= left_of_start(p_log_decay, o_row, m_t, DECAY)[:, None]
     store_rows(p_x, b_x, o_row, m_t, tl.arange(0, BLOCK_K), K)
 
 
@@ -192,26 +193,37 @@ def curvature_before(
 ):  # fmt: skip
     """Write G + Λ as it is before token i_end of the chunk that begins at i_first, with a floor under its diagonal."""
     o_t = tl.arange(0, CHUNK)
-    m_t = i_first + o_t < i_end
-    o_row = (i_first + o_t).to(tl.int64) * H + i_h
-    b_until = tl.full([CHUNK, 1], 1.0, tl.float32)
-    b_left = tl.full([1, 1], 1.0, tl.float32)
+    o_k = tl.arange(0, BLOCK_K)
+    coarse_left, fine_left = 0.0, 0.0
     if DECAY != NO_DECAY:
-        b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_t, 1, DECAY)
-        _, b_until, b_left = decay_of_chunk(b_coarse, b_fine)
+        o_row = (i_first + o_t).to(tl.int64) * H + i_h
+        b_coarse, b_fine = load_log_decay(p_log_decay, o_row, i_first + o_t < i_end, o_t, 1, DECAY)
+        coarse_left = tl.sum(b_coarse, axis=0)
+        fine_left = tl.sum(b_fine, axis=0)
     for i_row in range(0, K, ROOT):
         o_d = i_row + tl.arange(0, ROOT)
-        b_earlier = tl.trans(load_rows(p_k, o_row, m_t, o_d, K) * b_until)
-        for i_column in range(0, K, BLOCK_K):
-            o_k = i_column + tl.arange(0, BLOCK_K)
-            b_g = load_rows(p_start, o_d, o_d < K, o_k, K) * b_left
-            b_g = product(b_earlier, load_rows(p_k, o_row, m_t, o_k, K), b_g, PRECISION)
-            m_diagonal = o_d[:, None] == o_k[None, :]
-            if p_ridge is not None:
-                b_ridge = tl.load(p_ridge + i_h * K + o_d, mask=o_d < K, other=0.0)
-                b_g += tl.where(m_diagonal, b_ridge[:, None], 0.0)
-            b_g += tl.where(m_diagonal, floor * (tl.abs(b_g) * (ROUNDING * 4 * K) + TINY_ROOT), 0.0)
-            store_rows(p_curvature, b_g, o_d, o_d < K, o_k, K)
+        b_g = load_rows(p_start, o_d, o_d < K, o_k, K)
+        coarse, fine = coarse_left, fine_left
+        if DECAY != NO_DECAY:
+            b_g *= tl.exp(coarse + fine)
+        for i_block in range(i_first, i_end, ROOT):
+            o_time = i_block + tl.arange(0, ROOT)
+            m_time = o_time < i_end
+            o_place = o_time.to(tl.int64) * H + i_h
+            b_earlier = load_rows(p_k, o_place, m_time, o_d, K)
+            if DECAY != NO_DECAY:
+                b_coarse_here, b_fine_here = load_log_decay(p_log_decay, o_place, m_time, o_d, 1, DECAY)
+                b_until = (coarse - tl.cumsum(b_coarse_here, axis=0)) + (fine - tl.cumsum(b_fine_here, axis=0))
+                b_earlier *= tl.exp(b_until)[:, None]
+                coarse -= tl.sum(b_coarse_here, axis=0)
+                fine -= tl.sum(b_fine_here, axis=0)
+            b_g = product(tl.trans(b_earlier), load_rows(p_k, o_place, m_time, o_k, K), b_g, PRECISION)
+        m_diagonal = o_d[:, None] == o_k[None, :]
+        if p_ridge is not None:
+            b_ridge = tl.load(p_ridge + i_h * K + o_d, mask=o_d < K, other=0.0)
+            b_g += tl.where(m_diagonal, b_ridge[:, None], 0.0)
+        b_g += tl.where(m_diagonal, floor * (tl.abs(b_g) * (ROUNDING * 4 * K) + TINY_ROOT), 0.0)
+        store_rows(p_curvature, b_g, o_d, o_d < K, o_k, K)
     tl.debug_barrier()
 
 
@@ -222,7 +234,7 @@ def few_tokens(
 ):  # fmt: skip
     """Write X of a few tokens by Woodbury's identity; returns whether that is accurate."""
     b_left = left_of_start(p_log_decay, o_row, m_row, DECAY)
-    accurate = tl.min(tl.min(b_left, axis=1), axis=0) > ROUNDING
+    accurate = tl.min(b_left, axis=0) > ROUNDING
     if accurate:
         o_t = tl.arange(0, ROOT)
         o_k = tl.arange(0, BLOCK_K)
@@ -233,13 +245,13 @@ def few_tokens(
         tl.debug_barrier()
         b_overlap = overlap_of_keys(p_keys, o_row, m_row, b_left, K, BLOCK, PRECISION)
         b_diagonal = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_overlap, 0.0), axis=1, keep_dims=True)
-        b_triangle, loss = inverse_root_of_tile(b_overlap, b_diagonal)
+        b_triangle, loss = inverse_root_of_tile(b_overlap, b_diagonal, ROOT)
         accurate = loss <= MOST_LOST_TO_KEYS
         if accurate:
             accurate = subtract_learned(p_queries, p_keys, b_triangle, o_row, m_row, K, BLOCK, PRECISION)
             tl.debug_barrier()
             b_x = times_root(p_queries, o_row, m_row, p_root, K, BLOCK_K, BLOCK, False, PRECISION)
-            store_rows(p_x, b_x / b_left, o_row, m_row, o_k, K)
+            store_rows(p_x, b_x / b_left[:, None], o_row, m_row, o_k, K)
     return accurate
 
 
@@ -254,7 +266,8 @@ def one_token(
     lost = True
     while lost:
         curvature_before(
-            p_k, p_log_decay, p_start, p_ridge, p_root, i_first, i_t + 1, i_h, H, floor, K, CHUNK, BLOCK, DECAY, PRECISION
+            p_k, p_log_decay, p_start, p_ridge, p_root, i_first, i_t + 1, i_h, H, floor,
+            K, CHUNK, BLOCK_K, DECAY, PRECISION,
         )
         loss = inverse_root(p_root, p_root, K, BLOCK, PRECISION)
         lost = (floor == 0.0) & (loss * (ROUNDING * K) >= 1.0)
@@ -297,7 +310,7 @@ def token_kernel(
             if inaccurate:
                 curvature_before(
                     p_k, p_log_decay, p_start, p_ridge, p_root, i_first, i_begin, i_h, H, 0.0,
-                    K, CHUNK, BLOCK, DECAY, PRECISION,
+                    K, CHUNK, BLOCK_K, DECAY, PRECISION,
                 )  # fmt: skip
                 accurate = inverse_root(p_root, p_root, K, BLOCK, PRECISION) <= MOST_LOST
                 if accurate:
@@ -321,26 +334,23 @@ def whiten_by_chunks(q: Tensor, k: Tensor, log_decay: Tensor | None, starts: Ten
     """x, like q; `k` is times √w, and `starts` are the curvatures that enter chunks, (chunks, heads, key, key)."""
     chunks = packing.cut(CHUNK)
     heads, key = q.shape[-2:]
-    grid = (chunks.count * heads,)
-    decay = {"DECAY": decay_kind(log_decay)}
-    sizes = {"K": key, "CHUNK": CHUNK, "BLOCK": block(key, 32), "PRECISION": precision(q.dtype, q.device)}
-    whole = {"BLOCK_K": block(key)}
-    loss = q.new_empty((chunks.count, heads))
+    grid = (chunks.number * heads,)
+    sizes = {
+        "K": key, "CHUNK": CHUNK, "DECAY": decay_kind(log_decay), "PRECISION": precision(q.dtype, q.device), "num_stages": 1,
+    }  # fmt: skip
+    tile = {"BLOCK_K": block(key), "BLOCK": 16, "num_warps": 4}
+    loss = q.new_empty((chunks.number, heads))
     queries, keys, x = (q.new_empty(q.shape) for _ in range(3))
-    overlap = q.new_empty((chunks.count, heads, CHUNK, CHUNK))
+    overlap = q.new_empty((chunks.number, heads, CHUNK, CHUNK))
     roots = inverse_roots(starts, loss, chunks, limit=MOST_LOST.value, first=True)
     projection_kernel[(*grid, 2)](
-        q, k, log_decay, roots, loss, queries, keys, overlap, chunks.table, heads,
-        **sizes, **whole, **decay, num_warps=8, num_stages=1,
-    )  # fmt: skip
+        q, k, log_decay, roots, loss, queries, keys, overlap, chunks.table, heads, **sizes, **tile
+    )
     triangles = inverse_roots(overlap, loss, chunks, limit=MOST_LOST_TO_KEYS.value, first=False)
     woodbury_kernel[grid](
-        queries, keys, log_decay, triangles, loss, chunks.table, heads, **sizes, **decay, num_warps=8, num_stages=1
+        queries, keys, log_decay, triangles, loss, chunks.table, heads, BLOCK=block(key, 32), **sizes, num_warps=8
     )
-    return_kernel[grid](
-        queries, log_decay, roots, loss, x, chunks.table, heads,
-        **sizes, **whole, **decay, num_warps=8, num_stages=1,
-    )  # fmt: skip
+    return_kernel[grid](queries, log_decay, roots, loss, x, chunks.table, heads, **sizes, **tile)
     return _by_tokens(q, k, log_decay, starts, None, loss, queries, keys, x, packing)
 
 
@@ -365,12 +375,12 @@ def _by_tokens(
 ) -> Tensor:
     chunks = packing.cut(CHUNK)
     heads, key = q.shape[-2:]
-    parts = chunks.count * heads * (CHUNK // ROOT.value)
+    parts = chunks.number * heads * (CHUNK // ROOT.value)
     programs = min(parts, PROGRAMS)
     roots = q.new_empty((programs, key, key))
     token_kernel[(programs,)](
         q, k, log_decay, starts, ridge, loss, queries, keys, x, roots, chunks.table, heads, parts,
-        K=key, CHUNK=CHUNK, BLOCK_K=block(key), BLOCK=16, DECAY=decay_kind(log_decay),
-        PRECISION=precision(q.dtype, q.device), num_warps=2, num_stages=1,
+        K=key, CHUNK=CHUNK, BLOCK_K=block(key), BLOCK=block(key, 32), DECAY=decay_kind(log_decay),
+        PRECISION=precision(q.dtype, q.device), num_warps=4, num_stages=1,
     )  # fmt: skip
     return x

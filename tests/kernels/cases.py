@@ -58,6 +58,9 @@ DECAYS: dict[str, dict[str, str]] = {
 }
 STEP: dict[str, Any] = {"sizes": {"batch": 16, "sequences": 16, "time": 1}, "backward": False}
 
+SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
+STAYS = {"ridge_decays": False}
+
 OF_FUNCTIONS = {
     "linear_attention": QKV,
     "delta_rule": QKV | {"gain": KEYS},
@@ -70,5 +73,16 @@ CASES = [
     for case in (
         Case(function, name, tensors | decay),
         Case(function, f"{name}, a step", tensors | decay, **STEP),
+    )
+]
+CASES += [
+    case
+    for name, decay in DECAYS.items()
+    if name != "decay per channel"
+    for case in (
+        Case("least_squares", name, SQUARES | decay | {"weight": SCALARS}),
+        Case("least_squares", f"{name}, a ridge that stays", SQUARES | decay, STAYS),
+        Case("least_squares", f"{name}, a step", SQUARES | decay, **STEP),
+        Case("least_squares", f"{name}, a step, a ridge that stays", SQUARES | decay, STAYS, **STEP),
     )
 ]

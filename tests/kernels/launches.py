@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import ttr_kernels
 from cases import Case
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -81,8 +82,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
     """A case's function forwards, and backwards from all that it returns."""
-    outputs = getattr(ttr_kernels, case.function)(**inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    outputs = [y for y in tree_leaves(getattr(ttr_kernels, case.function)(**inputs)) if y is not None]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
