@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import NO_DECAY, load_log_decay, load_rows, product, store_rows
-from ttr_kernels._launch import CHUNK, block, decay_kind, precision
-from ttr_kernels._packing import Packing
+from ttr_kernels._launch import block, decay_kind, precision
+from ttr_kernels._packing import CHUNK, Packing
 
 BLOCK_T = 32  # tokens of a program
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -136,7 +136,7 @@ def whiten_by_conjugate_gradients(
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """x, like q, and the residual of every chunk and head; `k` is times √w, `starts` are the curvatures before chunks."""
-    chunks = packing.cut(CHUNK)
+    chunks = packing.chunks
     heads, key = q.shape[-2:]
     x, decay = q.new_empty(q.shape), q.new_empty((*q.shape[:-1], CHUNK))
     residual = q.new_empty((chunks.number, heads, CHUNK // BLOCK_T))

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import NO_DECAY, decay_of_chunk, load_log_decay, load_rows, product, store_rows
-from ttr_kernels._launch import CHUNK, block, decay_kind, precision
-from ttr_kernels._packing import Packing
+from ttr_kernels._launch import block, decay_kind, precision
+from ttr_kernels._packing import CHUNK, Packing
 from ttr_kernels._roots import ROOT, ROUNDING, inverse_root, inverse_root_of_tile, inverse_roots
 
 EPS = torch.finfo(torch.float32).eps
@@ -332,7 +332,7 @@ def token_kernel(
 
 def whiten_by_chunks(q: Tensor, k: Tensor, log_decay: Tensor | None, starts: Tensor, packing: Packing) -> Tensor:
     """x, like q; `k` is times √w, and `starts` are the curvatures that enter chunks, (chunks, heads, key, key)."""
-    chunks = packing.cut(CHUNK)
+    chunks = packing.chunks
     heads, key = q.shape[-2:]
     grid = (chunks.number * heads,)
     sizes = {
@@ -373,7 +373,7 @@ def _by_tokens(
     x: Tensor,
     packing: Packing,
 ) -> Tensor:
-    chunks = packing.cut(CHUNK)
+    chunks = packing.chunks
     heads, key = q.shape[-2:]
     parts = chunks.number * heads * (CHUNK // ROOT.value)
     programs = min(parts, PROGRAMS)

@@ -20,7 +20,6 @@ from ttr_kernels._gradients import gradients
 from ttr_kernels._launch import check
 from ttr_kernels._outputs import outputs
 from ttr_kernels._packing import Packing
-from ttr_kernels._scores import scores
 from ttr_kernels._states import chunk_states
 from ttr_kernels._whiten import whiten_by_chunks, whiten_by_tokens
 from ttr_kernels.linear_attention import arranged, like_states, linear_attention, present
@@ -135,7 +134,6 @@ def _solve(
     """The solution, the curvatures that enter chunks, the last one, and the largest residual."""
     root = k if weight is None else weight.sqrt().unsqueeze(-1) * k
     starts, curvature = chunk_states(root, root, log_decay, curvature, packed)
-    assert starts is not None
     residual = right.new_zeros(1)
     if solver == "chunk":
         x = whiten_by_chunks(right, root, log_decay, starts, packed)
@@ -195,11 +193,10 @@ def _backward(
     with torch.cuda.device_of(x):
         z, states, _, _ = _solve(to_x, k, weight, log_decay, curvature, ridge, packed, solver, steps, tolerance)
         to_image = -z
-        a = scores(x, keys, log_decay, packed)
         to_states, to_start = chunk_states(x, to_image, log_decay, to_curvature, packed, backwards=True)
-        to_values = outputs(keys, a, to_image, log_decay, to_states, k.new_empty(k.shape), packed, transposed=True)
-        to_a = scores(to_image, k, None, packed)
-        _, to_keys, to_log_decay = gradients(x, keys, k, to_image, log_decay, a, to_a, states, to_states, packed)
+        to_values = k.new_empty(k.shape)
+        outputs(keys, x, None, to_image, log_decay, to_states, to_values, packed, transposed=True)
+        _, to_keys, to_log_decay = gradients(x, keys, k, to_image, log_decay, states, to_states, packed)
     to_k = to_values + weighted(to_keys, weight)
     to_weight = None if weight is None else (to_keys * k).sum(-1)
     to_ridge = None if ridge is None else (to_image * x).sum((0, 1))
