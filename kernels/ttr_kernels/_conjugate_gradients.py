@@ -4,12 +4,13 @@ Within a chunk, with G the curvature that enters it and D the decays between its
 
     X ↦ X Λ + exp(c) ∘ (X G) + ((X Kᵀ) ∘ D) K
 
-applies to each row its own matrix, and forms none. All tokens of a chunk take their steps together, until the residual
-of each is small enough, and no more than `steps`. Jacobi's preconditioner, one for the chunk, is a change of units.
+applies to each row its own matrix, and forms none. Half a chunk's tokens take their steps together, until the residual
+of each is small enough, and no more than `steps`. Jacobi's preconditioner, one for them all, is a change of units.
 
-A product needs its left operand block by block, so directions go through memory, where X will lie in the end.
+A product needs its left operand block by block, so directions go through memory, where X will lie in the end. More
+tokens in a program would need G less often, but do not fit its registers.
 
-Cost per token, head and step: 2K² + 4CK FLOPs. Chunks read their G and K again from the cache in every step.
+Cost per token, head and step: 2K² + 3CK FLOPs. G and K are read again from the cache in every step.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -32,7 +33,10 @@ def conjugate_gradient_kernel(
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X of a block of a chunk, and its largest residual relative to the right-hand side if steps do not suffice, else 0."""
+    """X of a block of a chunk, and the largest residual of its tokens, relative to their right-hand sides.
+
+    Zero stands for one that is small enough.
+    """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_first = tl.load(p_chunks + i_chunk * 4)
@@ -135,7 +139,10 @@ def whiten_by_conjugate_gradients(
     steps: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """x, like q, and the residual of every chunk and head; `k` is times √w, `starts` are the curvatures before chunks."""
+    """x, like q, and the largest residual of every block of tokens and head.
+
+    `k` is times √w, and `starts` are the curvatures that enter chunks, (chunks, heads, key, key).
+    """
     chunks = packing.chunks
     heads, key = q.shape[-2:]
     x, decay = q.new_empty(q.shape), q.new_empty((*q.shape[:-1], CHUNK))

@@ -139,6 +139,7 @@ def gradients(
     heads, key, value = q.shape[-2], q.shape[-1], v.shape[-1]
     decay = decay_kind(log_decay)
     block_k = block(key, 32 if q.dtype == torch.float32 else 64)
+    block_v = block(value, 32 if q.dtype == torch.float32 else 64)
     blocks = triton.cdiv(key, block_k)
     to_scores = None
     if log_decay is not None and decay == 2:
@@ -151,7 +152,7 @@ def gradients(
     gradient_kernel[(packing.chunks.number * heads, blocks)](
         q, k, v, to_y, log_decay, to_scores, states, to_states,
         to_q, to_k, to_log_decay, packing.chunks.table, heads, packing.rows,
-        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block_k, BLOCK_V=block(value, 32 if q.dtype == torch.float32 else 64), DECAY=decay,
+        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block_k, BLOCK_V=block_v, DECAY=decay,
         WITHIN=within, STRICT=strict, PRECISION=precision(q.dtype, q.device), num_warps=8, num_stages=2,
     )  # fmt: skip
     return to_q, to_k, to_log_decay.sum(0) if to_log_decay is not None and decay == 1 else to_log_decay

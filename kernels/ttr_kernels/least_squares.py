@@ -67,8 +67,8 @@ def least_squares(
             the sequences in the place of the batch.
 
     Returns:
-        The outputs, like v; the final state (G, C), float32; and the largest relative residual where conjugate gradients
-        used up their steps, else 0, of shape (1). Outputs and states are differentiable in all tensors.
+        The outputs, like v; the final state (G, C), float32; and, of shape (1), the largest relative residual where
+        conjugate gradients used up their steps, else 0. Outputs and states are differentiable in all tensors.
 
     Raises:
         ValueError: for a shape, dtype, device or head size that the kernels do not take, a solver that does not solve
@@ -93,15 +93,16 @@ def least_squares(
         },
     )
     if sizes["key"] > MAX_KEY_SIZE:
-        raise ValueError(
-            f'key: expected a head size from 1 to {MAX_KEY_SIZE}, got {sizes["key"]}; use backend="torch"'
-        )
-    solvers = ["chunk"] * ridge_decays + ["conjugate_gradients", "direct"]
+        raise ValueError(f'key: expected a head size from 1 to {MAX_KEY_SIZE}, got {sizes["key"]}; use backend="torch"')
+    solvers: list[Solver] = ["chunk", "conjugate_gradients", "direct"]
+    if not ridge_decays:
+        solvers.remove("chunk")
     if solver == "auto":
         solver = "direct" if cu_seqlens is None and sizes["time"] <= FEW_TOKENS else solvers[0]
     if solver not in solvers:
         names = ", ".join(f'"{name}"' for name in ("auto", *solvers))
-        raise ValueError(f"solver: expected one of {names}, got {solver!r}")
+        problem = f"a ridge that {'decays' if ridge_decays else 'stays'}"
+        raise ValueError(f"solver: expected one of {names} for {problem}, got {solver!r}")
 
     out = v.dtype
     q, k, v = (x.float() for x in (q, k, v))
@@ -130,7 +131,7 @@ def _solve(
     solver: str,
     steps: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The solution, the curvatures that enter chunks, the last one, and the largest residual."""
     root = k if weight is None else weight.sqrt().unsqueeze(-1) * k
     starts, curvature = chunk_states(root, root, log_decay, curvature, packed)
@@ -165,9 +166,7 @@ def _whiten(
         cu_seqlens, q, k, weight, log_decay, curvature, ridge
     )
     with torch.cuda.device_of(q):
-        x, _, curvature, residual = _solve(
-            q, k, weight, log_decay, curvature, ridge, packed, solver, steps, tolerance
-        )
+        x, _, curvature, residual = _solve(q, k, weight, log_decay, curvature, ridge, packed, solver, steps, tolerance)
     return x, curvature, residual
 
 
@@ -210,9 +209,7 @@ def _(q, k, weight, log_decay, curvature, ridge, cu_seqlens, solver, steps, tole
 
 
 @_backward.register_fake
-def _(
-    to_x, to_curvature, x, k, weight, log_decay, curvature, ridge, cu_seqlens, solver, steps, tolerance
-):  # type: ignore[no-untyped-def]
+def _(to_x, to_curvature, x, k, weight, log_decay, curvature, ridge, cu_seqlens, solver, steps, tolerance):  # type: ignore[no-untyped-def]
     to_q, to_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (to_x, k))
     scalars = [
         x.new_empty(0) if scalar is None else torch.empty_like(scalar, memory_format=torch.contiguous_format)
