@@ -2,5 +2,6 @@
 
 from ttr_kernels.delta_rule import delta_rule
 from ttr_kernels.linear_attention import linear_attention
+from ttr_kernels.momentum_delta_rule import momentum_delta_rule
 
-__all__ = ["delta_rule", "linear_attention"]
+__all__ = ["delta_rule", "linear_attention", "momentum_delta_rule"]

@@ -30,13 +30,13 @@ from ttr_kernels._blocks import (
     product,
     store_rows,
 )  # fmt: skip
-from ttr_kernels._launch import CHUNK, block, decay_kind, precision
+from ttr_kernels._launch import CHUNK, MAX_HEAD_SIZE, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
 LARGEST_TRANSITION = 128  # key size; larger matrices do not fit a program
 # Numbers of a state that a program carries.
-STATE_TILES = {torch.float32: 2048, torch.float16: 4096, torch.bfloat16: 4096}
+STATE_TILES = {torch.float32: 1024, torch.float16: 4096, torch.bfloat16: 4096}
 
 
 @triton.jit
@@ -68,14 +68,16 @@ def decayed_kernel(
 
 @triton.jit
 def correction_kernel(
-    p_reads, p_writes, p_values, p_inverse, p_q, p_to_y, p_log_decay, p_left, p_initial, p_states, p_errors, p_final,
-    p_spans, H,
+    p_reads, p_writes, p_values, p_inverse, p_q, p_to_y, p_log_decay, p_left, p_reach,
+    p_initial, p_states, p_errors, p_final, p_spans, H,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DECAY: tl.constexpr, BACKWARDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry some columns of a state over the chunks of a span; write it where each chunk takes it up, and the errors.
 
     With a decay per channel, what is read, written and asked comes with its decay, and p_left is that of each chunk.
+    With p_reach, a number a chunk, so much of the state's second half (its momentum) goes into the first; backwards the
+    other way.
     """
     i_span = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -122,7 +124,15 @@ def correction_kernel(
         if p_errors is not None:
             store_rows(p_errors, b_error, o_row, m_t, o_v, V)
         b_writes = load_rows(p_writes, o_row, m_t, o_k, K)
-        b_state = product(tl.trans(b_writes), b_error * b_of_write, b_state * b_left, PRECISION)
+        b_kept = b_state * b_left
+        if p_reach is not None:
+            o_half = tl.arange(0, 2)[:, None, None]
+            b_halves = tl.reshape(b_state, [2, BLOCK_K // 2, BLOCK_V])
+            b_from = tl.sum(tl.where(o_half == (0 if BACKWARDS else 1), b_halves, 0.0), axis=0, keep_dims=True)
+            b_into = tl.where(o_half == (1 if BACKWARDS else 0), b_from, 0.0)
+            b_reach = tl.load(p_reach + (i_chunk + i_step) * H + i_h)
+            b_kept += b_reach * tl.reshape(b_into, [BLOCK_K, BLOCK_V])
+        b_state = product(tl.trans(b_writes), b_error * b_of_write, b_kept, PRECISION)
         if p_to_y is not None:
             b_to_y = load_rows(p_to_y, o_row, m_t, o_v, V)
             if DECAY == PER_HEAD:
@@ -195,20 +205,43 @@ def corrected_states(
     With `queries`, q and ∂y, back in time: `values` are E, `initial` is the gradient of the final state, and the errors
     are Z. A chunk's state is then the one that comes to its end from later ones.
     """
-    heads, key, value = k.shape[-2], k.shape[-1], values.shape[-1]
-    backwards = queries is not None
-    q, to_y = queries or (None, None)
-    block_k = block(key)
-    block_v = block(value, max(16, STATE_TILES[k.dtype] // block_k))
-    sizes = {
-        "K": key, "CHUNK": CHUNK, "BLOCK_K": block_k, "BLOCK_V": block_v, "DECAY": decay_kind(log_decay),
-        "BACKWARDS": backwards, "PRECISION": precision(k.dtype, k.device), "num_warps": 8, "num_stages": 2,
-    }  # fmt: skip
     left = None
     if decay_kind(log_decay) == 2:
         # All programs of a head would scale the same keys, one chunk after the other.
+        q, to_y = queries or (None, None)
         k, q, gain, left = _decayed(k, q, gain, log_decay, packing)
-    reads, writes = (gain, k) if backwards else (k, gain)
+        queries = None if q is None or to_y is None else (q, to_y)
+    return carried(k, gain, values, inverse, log_decay if left is None else None, left, None, initial, packing, queries)
+
+
+def carried(
+    k: Tensor,
+    gain: Tensor,
+    values: Tensor,
+    inverse: Tensor,
+    log_decay: Tensor | None,
+    left: Tensor | None,
+    reach: Tensor | None,
+    initial: Tensor | None,
+    packing: Packing,
+    queries: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `corrected_states` returns, for one decay a head, or what `left` and `reach` say of each chunk.
+
+    left: (chunks, heads, key), what is left of each row of a state; k, gain and queries come with their decay. reach:
+    (chunks, heads), how much of a state's second half goes into its first.
+    """
+    heads, key, value = k.shape[-2], k.shape[-1], values.shape[-1]
+    q, to_y = queries or (None, None)
+    block_k = block(key, 2 * MAX_HEAD_SIZE)
+    dtype = values.dtype if to_y is None else to_y.dtype
+    block_v = block(value, max(16, STATE_TILES[dtype] // block_k))
+    sizes = {
+        "K": key, "CHUNK": CHUNK, "BLOCK_K": block_k, "BLOCK_V": block_v,
+        "DECAY": decay_kind(log_decay) if left is None else 2, "BACKWARDS": queries is not None,
+        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if block_k <= 128 else 1,
+    }  # fmt: skip
+    reads, writes = (k, gain) if queries is None else (gain, k)
 
     def new(count: int, *shape: int) -> Tensor:
         return inverse.new_empty((count, heads, *shape))
@@ -216,7 +249,7 @@ def corrected_states(
     def carry(spans: Spans, columns: int, *tensors: Tensor | None, nothing: bool = False) -> None:
         given = (None, None) if nothing else (values, to_y)
         correction_kernel[(spans.number * heads, triton.cdiv(columns, block_v))](
-            reads, writes, given[0], inverse, q, given[1], log_decay, left, *tensors, spans.table, heads,
+            reads, writes, given[0], inverse, q, given[1], log_decay, left, reach, *tensors, spans.table, heads,
             V=columns, **sizes,
         )  # fmt: skip
 
@@ -231,10 +264,10 @@ def corrected_states(
     carry(spans, value, None, None, None, totals)
     identity = torch.eye(key, device=k.device).expand(spans.number, heads, key, key).contiguous()
     carry(spans, key, identity, None, None, transitions, nothing=True)
-    block_columns = block(value, 32)
+    block_columns = block(value, 16)
     transition_scan_kernel[(packing.sequences * heads, triton.cdiv(value, block_columns))](
         transitions, totals, initial, starts, final, spans.offsets, heads,
-        K=key, V=value, BLOCK_K=block_k, BLOCK_V=block_columns, BACKWARDS=backwards,
+        K=key, V=value, BLOCK_K=block_k, BLOCK_V=block_columns, BACKWARDS=queries is not None,
         PRECISION=precision(torch.float32, k.device), num_warps=8,
     )  # fmt: skip
     carry(spans, value, starts, states, errors, totals)

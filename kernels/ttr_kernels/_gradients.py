@@ -74,7 +74,10 @@ def gradient_kernel(
 
     b_q = load_rows(p_q, o_row, m_t, o_k, K)
     b_k = load_rows(p_k, o_row, m_t, o_k, K)
-    b_to_scores = load_rows(p_to_scores, o_row, m_t, o_t, CHUNK)
+    if p_to_scores is None:
+        b_to_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    else:
+        b_to_scores = load_rows(p_to_scores, o_row, m_t, o_t, CHUNK)
     if DECAY != NO_DECAY:
         b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_k, K, DECAY)
         b_since, b_until, b_all = decay_of_chunk(b_coarse, b_fine)
@@ -101,8 +104,9 @@ def gradient_kernel(
             p_sums = p_to_log_decay + i_block.to(tl.int64) * ROWS * H + o_row[:, None]
             tl.store(p_sums, b_to_log_decay, mask=m_t[:, None])
             b_to_scores *= decay_matrix(b_coarse, b_fine)
-        b_to_q = product(b_to_scores, b_k, b_to_q, PRECISION)
-        b_to_k = product(tl.trans(b_to_scores), b_q, b_to_k, PRECISION)
+        if p_to_scores is not None:
+            b_to_q = product(b_to_scores, b_k, b_to_q, PRECISION)
+            b_to_k = product(tl.trans(b_to_scores), b_q, b_to_k, PRECISION)
     store_rows(p_to_q, b_to_q, o_row, m_t, o_k, K)
     store_rows(p_to_k, b_to_k, o_row, m_t, o_k, K)
 
@@ -113,22 +117,22 @@ def gradients(
     v: Tensor,
     to_y: Tensor,
     log_decay: Tensor | None,
-    scores: Tensor,
-    to_scores: Tensor,
+    scores: Tensor | None,
+    to_scores: Tensor | None,
     states: Tensor | None,
     to_states: Tensor | None,
     packing: Packing,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k (float32 with a decay per channel, else as q) and log_decay.
 
-    Without `to_states`, nothing that the chunk writes leaves it.
+    Without `to_states`, nothing that the chunk writes leaves it; without `to_scores`, it reads only what entered it.
     """
     heads, key, value = q.shape[-2], q.shape[-1], v.shape[-1]
     chunks = packing.cut(CHUNK)
     decay = decay_kind(log_decay)
     block_k = block(key, 64)
     blocks = triton.cdiv(key, block_k)
-    if log_decay is not None and decay == 2:
+    if log_decay is not None and to_scores is not None and decay == 2:
         to_q, to_k = channel_gradients(q, k, log_decay, to_scores, packing)
         to_log_decay: Tensor | None = log_decay.new_empty(log_decay.shape)
     else:

@@ -84,13 +84,16 @@ def recur(
     initial: Tensor | None,
     y: Tensor,
     packing: Packing,
+    momentum: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Write y and return the final state."""
+    """Write y and return the final state. `momentum`: its logarithm, its first state, and where the last one goes."""
     heads, key, value = q.shape[-2], q.shape[-1], v.shape[-1]
     final = q.new_empty((packing.sequences, heads, key, value), dtype=torch.float32)
+    log_momentum, initial_momentum, final_momentum = momentum or (None, None, None)
     block_v = block(value, 32)
     recurrence_kernel[(packing.sequences * heads, triton.cdiv(value, block_v))](
-        q, k, v, gain, log_decay, None, initial, None, y, final, None, packing.whole(CHUNK).table, heads,
+        q, k, v, gain, log_decay, log_momentum, initial, initial_momentum,
+        y, final, final_momentum, packing.whole(CHUNK).table, heads,
         K=key, V=value, BLOCK_K=block(key), BLOCK_V=block_v, DECAY=decay_kind(log_decay), num_warps=4,
     )  # fmt: skip
     return final
