@@ -22,14 +22,12 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import provenance, roofline
-from benchmarks.kernel_cases import DIRECTIONS, OPS, SHAPES, Shape
+from benchmarks.kernel_cases import DIRECTIONS, OPS, SHAPES, Direction, Shape
 from benchmarks.record import ROOT, table
 
 Record = dict[str, Any]
@@ -57,6 +55,7 @@ class Launch(NamedTuple):
 
 def support() -> tuple[Any, Any, Any]:
     """The tests' cases, launches and budgets, which are beside them and not in a package."""
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     names = ("cases", "launches", "compile_kernels")
@@ -96,7 +95,7 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
         execute(kernel, bound, grid, grid[0] // 2)
         tensors = {x.data_ptr(): x for x in bound.values() if isinstance(x, Tensor)}
         moved = sum(x.numel() * x.element_size() for x in tensors.values())
-        half, tf32, single, products = counts * grid[0]
+        half, tf32, single, products = (counts * grid[0]).tolist()
         programs = math.prod(grid)
         found.append(
             Launch(kernel.__name__, programs, half, tf32, single, moved, products / programs, launches.is_forward())
@@ -136,33 +135,27 @@ def seconds(launch: Launch, resident: int, peaks: roofline.Peaks) -> dict[str, f
 
 
 def row(
-    name: str, shape: Shape, direction: str, launches: list[Launch], budgets: Record, peaks: roofline.Peaks
+    name: str, shape: Shape, direction: Direction, launches: list[Launch], budgets: Record, peaks: roofline.Peaks
 ) -> Record:
     """The estimate of an op in one direction: the sum over its launches."""
+    chosen = [launch for launch in launches if launch.forward or direction != "forward"]
     kernels: dict[str, Record] = {}
-    for launch in launches:
-        if direction == "forward" and not launch.forward:
-            continue
+    for launch in chosen:
         size = f"bf16 D={shape.dim}"
         known = (budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward"))
         resident = max(1, min((budget["programs"] for budget in known if budget), default=1))
         bounds = seconds(launch, resident, peaks)
-        longest = max(bounds, key=lambda bound: bounds[bound])
-        kernel = kernels.setdefault(
-            launch.kernel,
-            {"launches": 0, "seconds": 0.0, "bound": longest, "programs": launch.programs, "resident": resident},
-        )
+        kernel = kernels.setdefault(launch.kernel, {"launches": 0, "seconds": 0.0, "bound": "", "resident": resident})
         kernel["launches"] += 1
-        kernel["seconds"] += bounds[longest]
-    chosen = [launch for launch in launches if launch.forward or direction != "forward"]
-    count = sum(kernel["launches"] for kernel in kernels.values())
+        kernel["seconds"] += max(bounds.values())
+        kernel["bound"] = max(bounds, key=lambda bound: bounds[bound])
     found = {
         "op": name,
         "shape": list(shape),
         "direction": direction,
         "executed": {kind: sum(getattr(launch, kind) for launch in chosen) for kind in ("half", "tf32", "float32")},
         "moved": sum(launch.bytes for launch in chosen),
-        "seconds": max(sum(kernel["seconds"] for kernel in kernels.values()), count * LAUNCH_SECONDS),
+        "seconds": max(sum(kernel["seconds"] for kernel in kernels.values()), len(chosen) * LAUNCH_SECONDS),
         "kernels": kernels,
     }
     op = next((op for op in OPS if op.name == name), None)
@@ -188,26 +181,31 @@ def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list
     return rows
 
 
+def slowest(made: Record) -> str:
+    """The kernel that takes most of an op, which part of it, and what bounds it."""
+    name = max(made["kernels"], key=lambda name: made["kernels"][name]["seconds"])
+    kernel = made["kernels"][name]
+    return f"{name} {kernel['seconds'] / made['seconds']:.0%}, {kernel['bound']}, {kernel['resident']} resident"
+
+
 def text(rows: list[Record]) -> str:
-    lines = []
-    for made in rows:
-        slowest = max(made["kernels"], key=lambda name: made["kernels"][name]["seconds"])
-        kernel = made["kernels"][slowest]
-        lines.append(
-            (
-                made["op"],
-                made["direction"],
-                str(Shape(*made["shape"])),
-                f"{1e3 * made['seconds']:.3f}",
-                f"{1e3 * made['roofline']:.3f}" if "roofline" in made else "",
-                f"{sum(made['executed'].values()) / 1e9:.0f}",
-                f"{made['moved'] / 2**20:.0f}",
-                f"{sum(made['executed'].values()) / made['moved']:.0f}",
-                f"{slowest} {kernel['seconds'] / made['seconds']:.0%} ({kernel['bound']}, {kernel['resident']} resident)",
-            )
-        )
     header = ("op", "direction", "shape", "estimated ms", "roofline ms", "GFLOP", "MiB", "FLOP/byte", "slowest kernel")
-    return table(header, lines)
+    return table(header, [cells(made) for made in rows])
+
+
+def cells(made: Record) -> tuple[str, ...]:
+    operations = sum(made["executed"].values())
+    return (
+        made["op"],
+        made["direction"],
+        str(Shape(*made["shape"])),
+        f"{1e3 * made['seconds']:.3f}",
+        f"{1e3 * made['roofline']:.3f}" if "roofline" in made else "",
+        f"{operations / 1e9:.0f}",
+        f"{made['moved'] / 2**20:.0f}",
+        f"{operations / made['moved']:.0f}",
+        slowest(made),
+    )
 
 
 def main() -> None:

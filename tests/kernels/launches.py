@@ -81,11 +81,19 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
     """A case's function forwards, and backwards from all that it returns."""
-    outputs = getattr(ttr_kernels, case.function)(**inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    outputs = list(tensors_in(getattr(ttr_kernels, case.function)(**inputs)))
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
+
+
+def tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
+    """Those of a function's results, however they are nested."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+    elif outputs is not None:
+        for part in outputs:
+            yield from tensors_in(part)
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
