@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from ttr._choices import (
 from ttr._design import Design
 from ttr._state import State
 from ttr.ops._check import check_range, check_shapes
+from ttr.ops._packed import cut
 
 RANGES: dict[str, dict[str, Any]] = {
     "frequency": {},
@@ -66,7 +67,14 @@ class Prepared(NamedTuple):
     sizes: Mapping[str, int] = {}
 
 
-def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]) -> Prepared:
+def prepare(
+    design: Design,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor],
+    cu_seqlens: Tensor | None = None,
+) -> Prepared:
     """Check the tensors against the design and take the features of queries and keys.
 
     Raises `ValueError` for a missing or unknown input, a wrong shape, dtype or device, a value out of range.
@@ -91,7 +99,7 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
     if feature_map != Identity():
         check_shapes(**{name: (tensors[name], axes[name]) for name in "qkv"})
         tensors |= {"q": feature_map(q), "k": feature_map(k)}
-    sizes = check_shapes(**{name: (x, axes[name]) for name, x in tensors.items()})
+    sizes = check_shapes(None, cu_seqlens, **{name: (x, axes[name]) for name, x in tensors.items()})
     if isinstance(design.regressor, Network) and k.shape[-1] != v.shape[-1]:
         raise ValueError(
             f"v: expected values of the keys' size {k.shape[-1]}, to which they are added, got {v.shape[-1]}"
@@ -110,6 +118,22 @@ def prepare(design: Design, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str
     return Prepared(tensors["q"], tensors["k"], v, dict(inputs), q, k, sizes | {"raw": k.shape[-1]})
 
 
+def each_packed(
+    design: Design, tensors: Prepared, state: State | None, cu_seqlens: Tensor
+) -> Iterator[tuple[Prepared, State | None]]:
+    """What `prepare` has made of packed sequences, and the state to go on from, for each of them."""
+    states: Sequence[State | None] = [] if state is None else _is_state(state).split()
+    count = len(cu_seqlens) - 1
+    if len(states) not in (0, count):
+        raise ValueError(f"state: expected that of {count} sequences, got that of {len(states)}")
+    timed = [name for name, axes in design.inputs.items() if "time" in axes.split()]
+    own = (tensors.q, tensors.k, tensors.v, tensors.raw_q, tensors.raw_k)
+    pieces = cut(cu_seqlens, [*own, *(tensors.inputs[name] for name in timed)])
+    for (q, k, v, raw_q, raw_k, *inputs), start in zip(pieces, states or [None] * count, strict=True):
+        now = tensors.inputs | dict(zip(timed, inputs, strict=True))
+        yield Prepared(q, k, v, now, raw_q, raw_k, {**tensors.sizes, "time": q.shape[1]}), start
+
+
 def check_state(design: Design, state: State | None, axes: Mapping[str, str], tensors: Prepared) -> State:
     """The state to go on from, held to the fields that this computation continues; an empty one for None.
 
@@ -117,8 +141,10 @@ def check_state(design: Design, state: State | None, axes: Mapping[str, str], te
     """
     if state is None:
         return State()
-    if not isinstance(state, State):
-        raise ValueError(f"state: expected what an earlier call returned, got {state!r}")
+    if _is_state(state).lengths is not None:
+        raise ValueError(
+            f"state: expected a batch, got sequences that keep {state.lengths} tokens; go on from each of state.split()"
+        )
     given = {name: x for name, x in vars(state).items() if name != "history" and x is not None}
     if "network" in given and "network" in axes:
         return state  # of whatever form; the op knows which
@@ -129,6 +155,12 @@ def check_state(design: Design, state: State | None, axes: Mapping[str, str], te
         raise ValueError(f"state: expected {takes} to go on with {design}, got {', '.join(given)}")
     pairs = "batch time heads value" if tensors.v.ndim == 4 else "batch time steps heads value"
     check_shapes(tensors.sizes, v=(tensors.v, pairs), **{f"state.{name}": (x, axes[name]) for name, x in given.items()})
+    return state
+
+
+def _is_state(state: State) -> State:
+    if not isinstance(state, State):
+        raise ValueError(f"state: expected what an earlier call returned, got {state!r}")
     return state
 
 

@@ -39,7 +39,7 @@ from ttr._choices import (
 from ttr._design import Design
 from ttr._inputs import Prepared, forgetting, history_axes, pair_axes, streaming_axes
 from ttr._state import State
-from ttr.ops._backend import uses_triton
+from ttr.ops._backend import only_torch
 from ttr.ops._log_scale import divide_out_largest
 from ttr.ops._rotation import rotate
 
@@ -109,7 +109,7 @@ def _descent(design: Design, tensors: Prepared, state: State, **how: Any) -> tup
         settings |= {"batch": optimizer.batch, "average": optimizer.average}  # type: ignore[attr-defined]
     if isinstance(retention, Lq):
         settings |= {"retention_norm": float(retention.q)}
-    uses_triton(how.pop("backend"), q, missing="neural memories")
+    only_torch(how.pop("backend"), "neural memories")
     named = state.network
     if state.memory is not None:
         named = {"w1": state.memory}
@@ -143,7 +143,7 @@ def _expectation_maximisation(design: Design, tensors: Prepared, state: State, *
     q, k, v, inputs, *_ = tensors
     log_decay, importance = forgetting(design.weights, inputs, k)
     step_size = inputs["step_size"] if importance is None else importance * inputs["step_size"]
-    uses_triton(how.pop("backend"), q, missing="mixtures")
+    only_torch(how.pop("backend"), "mixtures")
     y, memory = ops.online_em(
         q,
         k,
@@ -182,7 +182,8 @@ def _hebbian_sum(design: Design, tensors: Prepared, state: State, **how: Any) ->
     if optimizer.normalize:
         y = oracle.normalized(y, optimizer.floor, log_scale)
     if log_scale is not None:
-        log_scale = log_scale[:, -1] if k.shape[1] else state.log_scale
+        nothing = k.new_full((k.shape[0], k.shape[2]), -torch.inf) if state.log_scale is None else state.log_scale
+        log_scale = log_scale[:, -1] if k.shape[1] else nothing
     return y, State(memory=memory, log_scale=log_scale)
 
 

@@ -162,7 +162,8 @@ def _hebbian(design: Design, optimizer: Hebbian, tensors: Prepared, state: State
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     log_decay, _ = _log_factors(design.weights, inputs, k)
     first = k.shape[1] - q.shape[1]
-    initial, memory, outputs = state.memory, state.memory, []
+    initial, outputs = state.memory, []
+    memory = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if initial is None else initial
     log_scale = first_scale = (
         k.new_full((k.shape[0], k.shape[-2]), -torch.inf) if state.log_scale is None else state.log_scale
     )

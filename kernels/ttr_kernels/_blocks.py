@@ -62,13 +62,17 @@ def decay_of_chunk(b_coarse, b_fine):
 
 
 @triton.jit
-def decay_matrix(b_coarse, b_fine):
-    """exp(c_t − c_j) for j ≤ t, else 0, of a decay per head."""
+def decay_matrix(b_coarse, b_fine, TRANSPOSED: tl.constexpr):
+    """exp(c_t − c_j) for j ≤ t, else 0, of a decay per head; transposed, its rows are j."""
     b_coarse_sum = tl.cumsum(b_coarse, axis=0)
     b_fine_sum = tl.cumsum(b_fine, axis=0)
-    b_exponent = (b_coarse_sum[:, None] - b_coarse_sum[None, :]) + (b_fine_sum[:, None] - b_fine_sum[None, :])
     o_t = tl.arange(0, b_coarse.shape[0])
-    return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_exponent, float("-inf")))
+    b_exponent = (b_coarse_sum[:, None] - b_coarse_sum[None, :]) + (b_fine_sum[:, None] - b_fine_sum[None, :])
+    m_past = o_t[:, None] >= o_t[None, :]
+    if TRANSPOSED:
+        b_exponent = -b_exponent
+        m_past = o_t[:, None] <= o_t[None, :]
+    return tl.exp(tl.where(m_past, b_exponent, float("-inf")))
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from ttr_kernels._blocks import (
     product,
     store_rows,
 )  # fmt: skip
-from ttr_kernels._launch import CHUNK, MAX_HEAD_SIZE, block, decay_kind, precision
+from ttr_kernels._launch import MAX_HEAD_SIZE, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
@@ -174,7 +174,7 @@ def _decayed(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Keys and queries since their chunk began, gains until it ends, and the decay of each chunk; in float32."""
     heads, key = k.shape[-2:]
-    chunks = packing.cut(CHUNK)
+    chunks = packing.chunks
     left = k.new_empty((chunks.number, heads, key), dtype=torch.float32)
 
     def scaled(rows: Tensor, until: bool) -> Tensor:
@@ -182,7 +182,7 @@ def _decayed(
         block_k = block(key, 64)
         decayed_kernel[(chunks.number * heads, triton.cdiv(key, block_k))](
             rows, log_decay, None if until else found, found if until else None, left, chunks.table, heads,
-            K=key, CHUNK=CHUNK, BLOCK_K=block_k, num_warps=4,
+            K=key, CHUNK=packing.chunk, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
         return found
 
@@ -200,7 +200,7 @@ def corrected_states(
     *,
     queries: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state of every chunk, the errors, (batch, time, heads, value), and the last state; all float32.
+    """The state of every chunk, the errors, (batch, time, heads, value), as the values, and the last state.
 
     With `queries`, q and ∂y, back in time: `values` are E, `initial` is the gradient of the final state, and the errors
     are Z. A chunk's state is then the one that comes to its end from later ones.
@@ -237,7 +237,7 @@ def carried(
     dtype = values.dtype if to_y is None else to_y.dtype
     block_v = block(value, max(16, STATE_TILES[dtype] // block_k))
     sizes = {
-        "K": key, "CHUNK": CHUNK, "BLOCK_K": block_k, "BLOCK_V": block_v,
+        "K": key, "CHUNK": packing.chunk, "BLOCK_K": block_k, "BLOCK_V": block_v,
         "DECAY": decay_kind(log_decay) if left is None else 2, "BACKWARDS": queries is not None,
         "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if block_k <= 128 else 1,
     }  # fmt: skip
@@ -253,11 +253,11 @@ def carried(
             V=columns, **sizes,
         )  # fmt: skip
 
-    states, final = new(packing.cut(CHUNK).number, key, value), new(packing.sequences, key, value)
-    errors = inverse.new_empty(values.shape)
+    states, final = new(packing.chunks.number, key, value), new(packing.sequences, key, value)
+    errors = values.new_empty(values.shape, dtype=dtype)
     spans = segments(packing, heads * triton.cdiv(value, block_v))
     if spans.number == packing.sequences or key > LARGEST_TRANSITION:
-        carry(packing.whole(CHUNK), value, initial, states, errors, final)
+        carry(packing.whole, value, initial, states, errors, final)
         return states, errors, final
 
     totals, starts, transitions = (new(spans.number, key, columns) for columns in (value, value, key))

@@ -7,14 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
-OLDEST_TRITON = (3, 2)
+OLDEST_TRITON = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
     raise ImportError(
         f"triton: expected {'.'.join(map(str, OLDEST_TRITON))} or newer, got {triton.__version__}; "
         'upgrade it with torch, or use backend="torch"'
     )
 
-CHUNK = 64  # tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 

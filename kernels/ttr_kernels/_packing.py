@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CHUNK = 64  # tokens
+
 
 class Spans(NamedTuple):
     """Stretches of rows that programs work on.
@@ -36,19 +38,27 @@ class Packing(NamedTuple):
         bounds: int32 (sequences + 1), the row where each begins, and where the last ends.
         rows: tokens of all sequences.
         longest: tokens of one sequence where all are equally long, else None.
+        chunk: tokens of a chunk.
     """
 
     bounds: Tensor
     rows: int
     longest: int | None
+    chunk: int = CHUNK
 
     @property
     def sequences(self) -> int:
         return self.bounds.shape[0] - 1
 
-    def whole(self, chunk: int) -> Spans:
+    @property
+    def chunks(self) -> Spans:
+        """Every chunk as one span."""
+        return self.cut(self.chunk)
+
+    @property
+    def whole(self) -> Spans:
         """Every sequence as one span."""
-        return self.cut(chunk, self.rows // chunk + 1)
+        return self.cut(self.chunk, self.rows // self.chunk + 1)
 
     def cut(self, chunk: int, chunks: int = 1) -> Spans:
         """Every sequence cut into spans of so many chunks, the last one shorter."""
@@ -58,11 +68,11 @@ class Packing(NamedTuple):
         return _cut_equal(self.sequences, self.longest, chunk, chunks, self.bounds.device)
 
 
-def packing(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device) -> Packing:
+def packing(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device, chunk: int = CHUNK) -> Packing:
     """The packing of a batch, or of the sequences in its one element that `cu_seqlens` bounds."""
     if cu_seqlens is not None:
-        return Packing(cu_seqlens, time, None)
-    return Packing(_equal_bounds(batch, time, device), batch * time, time)
+        return Packing(cu_seqlens, time, None, chunk)
+    return Packing(_equal_bounds(batch, time, device), batch * time, time, chunk)
 
 
 @lru_cache(maxsize=64)

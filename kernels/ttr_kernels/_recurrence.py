@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL
-from ttr_kernels._launch import CHUNK, block, decay_kind
+from ttr_kernels._launch import block, decay_kind
 from ttr_kernels._packing import Packing
 
 FEW_TOKENS = 8
@@ -93,7 +93,7 @@ def recur(
     block_v = block(value, 32)
     recurrence_kernel[(packing.sequences * heads, triton.cdiv(value, block_v))](
         q, k, v, gain, log_decay, log_momentum, initial, initial_momentum,
-        y, final, final_momentum, packing.whole(CHUNK).table, heads,
+        y, final, final_momentum, packing.whole.table, heads,
         K=key, V=value, BLOCK_K=block(key), BLOCK_V=block_v, DECAY=decay_kind(log_decay), num_warps=4,
     )  # fmt: skip
     return final

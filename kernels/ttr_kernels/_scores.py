@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL, decay_matrix, load_log_decay, load_rows, product, store_rows
-from ttr_kernels._launch import CHUNK, block, decay_kind, precision
+from ttr_kernels._launch import block, decay_kind, precision
 from ttr_kernels._packing import Packing
 
 BLOCK_T = 16  # tokens whose exponentials are taken pair by pair
@@ -46,7 +46,7 @@ def scores_kernel(
         b_scores = product(b_rows, tl.trans(b_columns), b_scores, PRECISION)
     if DECAY != NO_DECAY:
         b_coarse, b_fine = load_log_decay(p_log_decay, o_row, m_t, o_t, K, DECAY)
-        b_scores *= decay_matrix(b_coarse, b_fine)
+        b_scores *= decay_matrix(b_coarse, b_fine, False)
     m_past = (o_t[:, None] > o_t[None, :]) if STRICT else (o_t[:, None] >= o_t[None, :])
     store_rows(p_scores, tl.where(m_past, b_scores, 0.0), o_row, m_t, o_t, CHUNK)
 
@@ -187,12 +187,12 @@ def scores(
 ) -> Tensor:
     """A, (batch, time, heads, CHUNK), of rows and columns (batch, time, heads, key)."""
     heads, key = rows.shape[-2:]
-    chunks = packing.cut(CHUNK)
-    found = rows.new_empty((*rows.shape[:-1], CHUNK), dtype=torch.float32)
+    chunks, chunk = packing.chunks, packing.chunk
+    found = rows.new_empty((*rows.shape[:-1], chunk), dtype=torch.float32)
     decay = decay_kind(log_decay)
-    sizes = {"K": key, "CHUNK": CHUNK, "STRICT": strict, "PRECISION": precision(rows.dtype, rows.device)}
+    sizes = {"K": key, "CHUNK": chunk, "STRICT": strict, "PRECISION": precision(rows.dtype, rows.device)}
     if decay == 2:
-        channel_scores_kernel[(chunks.number * heads, (CHUNK // BLOCK_T) ** 2)](
+        channel_scores_kernel[(chunks.number * heads, (chunk // BLOCK_T) ** 2)](
             rows, columns, log_decay, found, chunks.table, heads,
             BLOCK_T=BLOCK_T, BLOCK_K=block(key, 16), **sizes, num_warps=4,
         )  # fmt: skip
@@ -209,11 +209,11 @@ def channel_gradients(
 ) -> tuple[Tensor, Tensor]:
     """What scores at j < t give to rows and columns, with a decay per channel; float32."""
     heads, key = rows.shape[-2:]
-    chunks = packing.cut(CHUNK)
+    chunks, chunk = packing.chunks, packing.chunk
     to_rows, to_columns = (rows.new_empty(rows.shape, dtype=torch.float32) for _ in range(2))
     block_k = block(key, 32)
-    channel_gradient_kernel[(chunks.number * heads, CHUNK // BLOCK_T, triton.cdiv(key, block_k))](
+    channel_gradient_kernel[(chunks.number * heads, chunk // BLOCK_T, triton.cdiv(key, block_k))](
         rows, columns, log_decay, to_scores, to_rows, to_columns, chunks.table, heads,
-        K=key, CHUNK=CHUNK, BLOCK_T=BLOCK_T, BLOCK_K=block_k, PRECISION=precision(rows.dtype, rows.device), num_warps=4,
+        K=key, CHUNK=chunk, BLOCK_T=BLOCK_T, BLOCK_K=block_k, PRECISION=precision(rows.dtype, rows.device), num_warps=4,
     )  # fmt: skip
     return to_rows, to_columns

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL, decay_of_chunk, load_log_decay, load_rows, write
-from ttr_kernels._launch import CHUNK, block, decay_kind, precision
+from ttr_kernels._launch import block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 
-ENOUGH_PROGRAMS = 256
+ENOUGH_PROGRAMS = 512  # to fill a GPU
+FEWEST_SEGMENTS = 4  # of a sequence: two passes over half of it are no faster than one over all
 SHORTEST_SEGMENT = 8  # chunks
 
 
@@ -112,10 +113,11 @@ def segment_scan_kernel(
 
 def segments(packing: Packing, programs: int) -> Spans:
     """Spans long enough to be worth a program each, and enough of them, at so many programs a sequence."""
-    chunks = triton.cdiv(packing.rows, CHUNK)
-    if packing.sequences * programs >= ENOUGH_PROGRAMS or chunks < 2 * SHORTEST_SEGMENT * packing.sequences:
-        return packing.whole(CHUNK)
-    return packing.cut(CHUNK, max(SHORTEST_SEGMENT, triton.cdiv(chunks * programs, ENOUGH_PROGRAMS)))
+    chunks = triton.cdiv(packing.rows, packing.chunk)
+    too_few = FEWEST_SEGMENTS * packing.sequences
+    if too_few * programs > ENOUGH_PROGRAMS or chunks < too_few * SHORTEST_SEGMENT:
+        return packing.whole
+    return packing.cut(packing.chunk, max(SHORTEST_SEGMENT, triton.cdiv(chunks * programs, ENOUGH_PROGRAMS)))
 
 
 def chunk_states(
@@ -126,18 +128,17 @@ def chunk_states(
     packing: Packing,
     *,
     backwards: bool = False,
-    keep: bool = True,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The state of every chunk, (chunks, heads, key, value), and the last, (sequences, heads, key, value).
 
     Forwards, a chunk's state is the one that enters it; backwards, the one that comes to its end from later ones.
     """
     heads, key, value = keys.shape[-2], keys.shape[-1], values.shape[-1]
     decay = decay_kind(log_decay)
-    block_k, block_v = block(key, 64), block(value, 64)
+    block_k, block_v = block(key, 64), block(value, 32 if keys.dtype == torch.float32 else 64)
     blocks = triton.cdiv(key, block_k) * triton.cdiv(value, block_v)
     sizes = {
-        "K": key, "V": value, "CHUNK": CHUNK, "BLOCK_K": block_k, "BLOCK_V": block_v, "DECAY": decay,
+        "K": key, "V": value, "CHUNK": packing.chunk, "BLOCK_K": block_k, "BLOCK_V": block_v, "DECAY": decay,
         "BACKWARDS": backwards, "PRECISION": precision(keys.dtype, keys.device), "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
 
@@ -149,7 +150,7 @@ def chunk_states(
             keys, values, log_decay, *tensors, spans.table, heads, **sizes
         )  # fmt: skip
 
-    states = new(packing.cut(CHUNK).number, key, value) if keep else None
+    states = new(packing.chunks.number, key, value)
     final = new(packing.sequences, key, value)
     spans = segments(packing, heads * blocks)
     if spans.number == packing.sequences:
@@ -164,6 +165,5 @@ def chunk_states(
         totals, factor, initial, starts, final, spans.offsets, heads,
         FACTORS=factors, SIZE=key * value, V=value, BLOCK=1024, BACKWARDS=backwards,
     )  # fmt: skip
-    if keep:
-        carry(spans, starts, states, totals, None)
+    carry(spans, starts, states, totals, None)
     return states, final

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttr_kernels._blocks import product, store_rows
-from ttr_kernels._launch import CHUNK, precision
+from ttr_kernels._launch import precision
 from ttr_kernels._packing import Packing
 
 
@@ -47,10 +47,10 @@ def inverse_kernel(p_scores, p_inverse, p_chunks, H, CHUNK: tl.constexpr, PRECIS
 def unit_triangular_inverse(scores: Tensor, packing: Packing) -> Tensor:
     """(I + A)⁻¹, laid out as the scores; in the precision of float32, whatever the inputs have."""
     heads = scores.shape[-2]
-    chunks = packing.cut(CHUNK)
+    chunks = packing.chunks
     inverse = scores.new_empty(scores.shape)
     inverse_kernel[(chunks.number * heads,)](
         scores, inverse, chunks.table, heads,
-        CHUNK=CHUNK, PRECISION=precision(scores.dtype, scores.device), num_warps=4,
+        CHUNK=packing.chunk, PRECISION=precision(scores.dtype, scores.device), num_warps=4,
     )  # fmt: skip
     return inverse

@@ -22,7 +22,7 @@ from ttr_kernels._packing import Packing
 from ttr_kernels._recurrence import is_short, recur
 from ttr_kernels._scores import scores
 from ttr_kernels._triangle import unit_triangular_inverse
-from ttr_kernels.linear_attention import arranged, like_states, present
+from ttr_kernels.linear_attention import arranged, like_states, of_channels, present
 
 
 def delta_rule(
@@ -60,11 +60,10 @@ def delta_rule(
 
 def _errors(
     k: Tensor, v: Tensor, gain: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, packed: Packing
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores of keys against gains, their triangle's inverse, states, errors, and the final state."""
-    a = scores(k, gain, log_decay, packed, strict=True)
-    inverse = unit_triangular_inverse(a, packed)
-    return a, inverse, *corrected_states(k, gain, v, inverse, log_decay, initial_state, packed)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of a chunk's triangle, states, errors, and the final state."""
+    inverse = unit_triangular_inverse(scores(k, gain, log_decay, packed, strict=True), packed)
+    return inverse, *corrected_states(k, gain, v, inverse, log_decay, initial_state, packed)
 
 
 @torch.library.custom_op("ttr_kernels::delta_rule", mutates_args=())
@@ -82,8 +81,8 @@ def _forward(
     with torch.cuda.device_of(q):
         if is_short(packed):
             return y, recur(q, k, v, gain, log_decay, initial_state, y, packed)
-        _, _, states, errors, final_state = _errors(k, v, gain, log_decay, initial_state, packed)
-        outputs(q, scores(q, gain, log_decay, packed), errors, log_decay, states, y, packed)
+        _, states, errors, final_state = _errors(k, v, gain, log_decay, initial_state, packed)
+        outputs(q, gain, of_channels(q, gain, log_decay, packed), errors, log_decay, states, y, packed)
     return y, final_state
 
 
@@ -103,25 +102,21 @@ def _backward(
         cu_seqlens, q, k, v, gain, log_decay, initial_state, to_y, to_final_state
     )
     with torch.cuda.device_of(q):
-        a, inverse, states, errors, _ = _errors(k, v, gain, log_decay, initial_state, packed)
-        p = scores(q, gain, log_decay, packed)
+        inverse, states, errors, _ = _errors(k, v, gain, log_decay, initial_state, packed)
+        p = of_channels(q, gain, log_decay, packed)
         within = v.new_empty(v.shape, dtype=torch.float32)
-        outputs(gain, p, to_y, log_decay, None, within, packed, transposed=True)
+        outputs(gain, q, p, to_y, log_decay, None, within, packed, transposed=True)
         to_states, z, to_initial = corrected_states(
             k, gain, within, inverse, log_decay, to_final_state, packed, queries=(q, to_y)
         )
-        of_reading = gradients(
-            q, gain, errors, to_y, log_decay, p, scores(to_y, errors, None, packed), states, to_states, packed
-        )
-        of_correcting = gradients(
-            k, gain, errors, z, log_decay, a, scores(z, errors, None, packed, strict=True), states, None, packed
-        )
+        of_reading = gradients(q, gain, errors, to_y, log_decay, states, to_states, packed)
+        of_correcting = gradients(k, gain, errors, z, log_decay, states, None, packed, strict=True)
     to_q, to_gain, to_log_decay = of_reading
     to_k, more_to_gain, more_to_log_decay = of_correcting
     if to_log_decay is not None and more_to_log_decay is not None:
         to_log_decay += more_to_log_decay
     return (
-        to_q.to(q.dtype), to_k.to(k.dtype), (-z).to(v.dtype), (to_gain + more_to_gain).to(gain.dtype),
+        to_q.to(q.dtype), to_k.to(k.dtype), -z, (to_gain + more_to_gain).to(gain.dtype),
         present(to_log_decay, q), to_initial,
     )  # fmt: skip
 

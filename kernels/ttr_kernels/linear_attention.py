@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ttr_kernels._gradients import gradients
-from ttr_kernels._launch import check
+from ttr_kernels._launch import check, decay_kind
 from ttr_kernels._outputs import outputs
-from ttr_kernels._packing import Packing, packing
+from ttr_kernels._packing import CHUNK, Packing, packing
 from ttr_kernels._recurrence import is_short, recur
 from ttr_kernels._scores import scores
 from ttr_kernels._states import chunk_states
@@ -77,13 +77,15 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    (q, k, v, log_decay, initial_state), packed = arranged(cu_seqlens, q, k, v, log_decay, initial_state)
+    (q, k, v, log_decay, initial_state), packed = arranged(
+        cu_seqlens, q, k, v, log_decay, initial_state, chunk=_chunk(q, log_decay, 1)
+    )
     y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
         if is_short(packed):
             return y, recur(q, k, v, None, log_decay, initial_state, y, packed)
         states, final_state = chunk_states(k, v, log_decay, initial_state, packed)
-        outputs(q, scores(q, k, log_decay, packed), v, log_decay, states, y, packed)
+        outputs(q, k, of_channels(q, k, log_decay, packed), v, log_decay, states, y, packed)
     return y, final_state
 
 
@@ -99,24 +101,33 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (q, k, v, log_decay, initial_state, to_y, to_final_state), packed = arranged(
-        cu_seqlens, q, k, v, log_decay, initial_state, to_y, to_final_state
+        cu_seqlens, q, k, v, log_decay, initial_state, to_y, to_final_state, chunk=_chunk(q, log_decay, 0)
     )
     with torch.cuda.device_of(q):
-        a = scores(q, k, log_decay, packed)
+        a = of_channels(q, k, log_decay, packed)
         states, _ = chunk_states(k, v, log_decay, initial_state, packed)
         to_states, to_initial = chunk_states(q, to_y, log_decay, to_final_state, packed, backwards=True)
-        to_v = outputs(k, a, to_y, log_decay, to_states, v.new_empty(v.shape), packed, transposed=True)
-        to_a = scores(to_y, v, None, packed)
-        to_q, to_k, to_log_decay = gradients(q, k, v, to_y, log_decay, a, to_a, states, to_states, packed)
+        to_v = outputs(k, q, a, to_y, log_decay, to_states, v.new_empty(v.shape), packed, transposed=True)
+        to_q, to_k, to_log_decay = gradients(q, k, v, to_y, log_decay, states, to_states, packed)
     return to_q.to(q.dtype), to_k.to(k.dtype), to_v, present(to_log_decay, q), to_initial
 
 
-def arranged(cu_seqlens: Tensor | None, *tensors: Tensor | None) -> tuple[list[Any], Packing]:
+def _chunk(q: Tensor, log_decay: Tensor | None, largest_decay: int) -> int:
+    """Half-precision tiles of 128 tokens halve the bytes of the states, and fit a program up to some kind of decay."""
+    return CHUNK if q.dtype == torch.float32 or decay_kind(log_decay) > largest_decay else 2 * CHUNK
+
+
+def of_channels(q: Tensor, k: Tensor, log_decay: Tensor | None, packed: Packing) -> Tensor | None:
+    """Scores that cannot be made where they are used: those with a decay per channel."""
+    return scores(q, k, log_decay, packed) if decay_kind(log_decay) == 2 else None
+
+
+def arranged(cu_seqlens: Tensor | None, *tensors: Tensor | None, chunk: int = CHUNK) -> tuple[list[Any], Packing]:
     """The tensors laid out row by row, and where in them the sequences lie; the first is one of the sequences."""
     first = tensors[0]
     assert first is not None
     contiguous = [None if x is None else x.contiguous() for x in tensors]
-    return contiguous, packing(first.shape[0], first.shape[1], cu_seqlens, first.device)
+    return contiguous, packing(first.shape[0], first.shape[1], cu_seqlens, first.device, chunk)
 
 
 def present(x: Tensor | None, like: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from torch.nn.functional import pad
 
 from ttr_kernels._corrections import carried
 from ttr_kernels._gradients import gradients
-from ttr_kernels._launch import CHUNK, block, check
+from ttr_kernels._launch import block, check
 from ttr_kernels._outputs import outputs
-from ttr_kernels._packing import packing
+from ttr_kernels._packing import CHUNK, packing
 from ttr_kernels._recurrence import FEW_TOKENS, recur
 from ttr_kernels._scores import scores
 from ttr_kernels._triangle import unit_triangular_inverse
@@ -155,7 +155,7 @@ def _log_sums(x: Tensor, index: Tensor) -> Tensor:
 def _chunk_index(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The row of each token of each chunk, (chunks, CHUNK); places that no token has get the row after the last."""
     packed = packing(like.shape[0], like.shape[1], cu_seqlens, like.device)
-    table = packed.cut(CHUNK).table.long()
+    table = packed.chunks.table.long()
     row = table[:, :1] + torch.arange(CHUNK, device=like.device)
     return torch.where(row < table[:, 1:2], row, packed.rows)
 
@@ -180,8 +180,8 @@ def _scores_backward(
 ) -> tuple[Tensor, Tensor]:
     (row, column, to_scores), packed = arranged(cu_seqlens, row, column, to_scores)
     with torch.cuda.device_of(row):
-        to_row = outputs(row, to_scores, column, None, None, row.new_empty(row.shape), packed)
-        to_column = outputs(row, to_scores, row, None, None, row.new_empty(row.shape), packed, transposed=True)
+        to_row = outputs(row, column, to_scores, column, None, None, row.new_empty(row.shape), packed)
+        to_column = outputs(column, row, to_scores, row, None, None, row.new_empty(row.shape), packed, transposed=True)
     return to_row, to_column
 
 
@@ -203,7 +203,7 @@ def _chunks(
     with torch.cuda.device_of(v):
         inverse = unit_triangular_inverse(a, packed)
         states, errors, final = carried(reads, writes, v, inverse, None, *_kept(transition, reads), state, packed, None)
-        y = outputs(queries, p, errors, None, states, v.new_empty(v.shape), packed)
+        y = outputs(queries, writes, p, errors, None, states, v.new_empty(v.shape), packed)
     return y, final
 
 
@@ -236,18 +236,20 @@ def _chunks_backward(
         inverse = unit_triangular_inverse(a, packed)
         states, errors, _ = carried(reads, writes, v, inverse, None, *kept, state, packed, None)
         within = outputs(
-            writes, p, to_y, None, None, v.new_empty(v.shape, dtype=torch.float32), packed, transposed=True
+            writes, queries, p, to_y, None, None, v.new_empty(v.shape, dtype=torch.float32), packed, transposed=True
         )
         to_states, z, to_state = carried(reads, writes, within, inverse, None, *kept, to_final, packed, (queries, to_y))
-        to_queries, to_writes, _ = gradients(queries, writes, errors, to_y, None, None, None, states, to_states, packed)
-        to_reads, _, _ = gradients(reads, writes, errors, z, None, None, None, states, None, packed)
+        to_queries, to_writes, _ = gradients(
+            queries, writes, errors, to_y, None, states, to_states, packed, within=False
+        )
+        to_reads, _, _ = gradients(reads, writes, errors, z, None, states, None, packed, within=False)
         to_a, to_p = scores(z, errors, None, packed, strict=True), scores(to_y, errors, None, packed)
     # Places of the table that no chunk has are not written.
-    used = (packed.cut(CHUNK).table[:, 1] > packed.cut(CHUNK).table[:, 0])[:, None, None]
+    used = (packed.chunks.table[:, 1] > packed.chunks.table[:, 0])[:, None, None]
     (s, m), (to_s, to_m) = (x.unflatten(-2, (2, -1)).unbind(-3) for x in (states, to_states))
     pairs = [(x * y).sum((-2, -1)) for x, y in ((s, to_s), (m, to_s), (m, to_m))]
     to_transition = torch.where(used, torch.stack(pairs, dim=-1), 0)
-    return to_queries, to_reads, to_writes, (-z).to(v.dtype), to_a, to_p, to_transition, to_state
+    return to_queries, to_reads, to_writes, -z, to_a, to_p, to_transition, to_state
 
 
 @_scores.register_fake

@@ -38,10 +38,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if lowered else nullcontext()
 
 
-def zero_state(k: Tensor, v: Tensor) -> Tensor:
-    """S_0 = 0, (batch, heads, key, value)."""
+def zero_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """S_0 = 0, (sequences, heads, key, value)."""
     batch, _, heads, key = k.shape
-    return k.new_zeros(batch, heads, key, v.shape[-1], dtype=state_dtype(v))
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    return k.new_zeros(sequences, heads, key, v.shape[-1], dtype=state_dtype(v))
 
 
 def map_chunks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from ttr.ops._warning import warn
 
 
 class ConvergenceWarning(UserWarning):
@@ -15,4 +15,4 @@ def warn_unless_converged(residual: float, tolerance: float, steps: int) -> None
         message = (
             f"conjugate gradients: relative residual {residual:.1e} after {steps} steps, tolerance {tolerance:.1e}"
         )
-        warnings.warn(message, ConvergenceWarning, stacklevel=6)
+        warn(message, ConvergenceWarning)

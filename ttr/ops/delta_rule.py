@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, in_kernel, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
+from ttr.ops._packed import Bounds, each_sequence
 
 
 def delta_rule(
@@ -31,10 +32,11 @@ def delta_rule(
     gain: Float[Tensor, "batch time heads key"],
     log_decay: Float[Tensor, "batch time heads"] | Float[Tensor, "batch time heads key"] | None = None,
     *,
-    initial_state: Float[Tensor, "batch heads key value"] | None = None,
+    initial_state: Float[Tensor, "sequences heads key value"] | None = None,
+    cu_seqlens: Bounds | None = None,
     chunk_size: int = 64,
     backend: Backend = "auto",
-) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "batch heads key value"]]:
+) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "sequences heads key value"]]:
     r"""Correct the memory's error on each new pair along a gain vector, then read it.
 
     .. math::
@@ -49,21 +51,30 @@ def delta_rule(
             recursion is stable where the eigenvalue :math:`1 - k_t^\top g_t` lies in [−1, 1].
         log_decay: :math:`\ell_t \le 0`, one a head or one a channel of the key; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
+        cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
+            int32 or int64. States have one row a sequence. None is a batch of sequences, all equally long.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: "auto" is Triton for CUDA tensors that the kernel takes and PyTorch otherwise; "torch" and
+            "triton" force one. The kernel has its own chunk_size.
 
     Returns:
         The outputs in the dtype of v, and the final state in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
-            backend "triton".
+        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, bounds that
+            do not rise from 0 to time, or backend "triton" where no kernel takes these arguments.
+        ImportError: for backend "triton" without a triton that is new enough.
+
+    Warns:
+        KernelFallbackWarning: once a reason, where PyTorch computes with CUDA tensors that no kernel takes.
 
     Schlag et al. (2021), eq. 24; chunkwise Yang et al. (2024), eq. 8–11; decay Yang et al. (2024, gated), eq. 10.
     """
-    _check(q, k, v, gain, log_decay, chunk_size, backend, initial_state=initial_state)
-    state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
-    return map_chunks(_step, (q, k, v, gain, log_decay), state, like=v, chunk_size=chunk_size, token=_token)
+    _check(q, k, v, gain, log_decay, cu_seqlens, chunk_size, initial_state=initial_state)
+    if uses_triton(backend, q, v):
+        return in_kernel("delta_rule", v, cu_seqlens, q, k, v, gain, log_decay=log_decay, initial_state=initial_state)
+    state = zero_state(k, v, cu_seqlens) if initial_state is None else initial_state.to(state_dtype(v))
+    return each_sequence(cu_seqlens, _in_torch, (q, k, v, gain, log_decay), state, chunk_size)
 
 
 def momentum_delta_rule(
@@ -74,13 +85,14 @@ def momentum_delta_rule(
     log_momentum: Float[Tensor, "batch time heads"],
     log_decay: Float[Tensor, "batch time heads"] | None = None,
     *,
-    initial_state: Float[Tensor, "batch heads key value"] | None = None,
-    initial_momentum: Float[Tensor, "batch heads key value"] | None = None,
+    initial_state: Float[Tensor, "sequences heads key value"] | None = None,
+    initial_momentum: Float[Tensor, "sequences heads key value"] | None = None,
+    cu_seqlens: Bounds | None = None,
     chunk_size: int = 64,
     backend: Backend = "auto",
 ) -> tuple[
     Float[Tensor, "batch time heads value"],
-    tuple[Float[Tensor, "batch heads key value"], Float[Tensor, "batch heads key value"]],
+    tuple[Float[Tensor, "sequences heads key value"], Float[Tensor, "sequences heads key value"]],
 ]:
     r"""The delta rule whose corrections go on: gradient descent with (heavy-ball) momentum.
 
@@ -97,8 +109,9 @@ def momentum_delta_rule(
         log_decay: :math:`\ell_t \le 0`, one a head; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
         initial_momentum: :math:`M_0`; None is zero.
+        cu_seqlens: packed sequences, as in `delta_rule`.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: as in `delta_rule`; the kernel takes up to 128 channels of the key (64 in float32).
 
     Returns:
         The outputs in the dtype of v, and the final pair (state, momentum) in at least float32.
@@ -110,16 +123,31 @@ def momentum_delta_rule(
     that of S̄_t. Huang et al. (2026) take the same error, and scale M_t by a second gate where S_t takes it in.
     """
     states = {"initial_state": initial_state, "initial_momentum": initial_momentum}
-    _check(q, k, v, gain, log_decay, chunk_size, backend, log_momentum=log_momentum, **states)
+    _check(q, k, v, gain, log_decay, cu_seqlens, chunk_size, log_momentum=log_momentum, **states)
+    if uses_triton(backend, q, v, _without_momentum_kernel(q, v)):
+        return in_kernel(
+            "momentum_delta_rule",
+            v,
+            cu_seqlens,
+            q,
+            k,
+            v,
+            gain,
+            log_momentum=log_momentum,
+            log_decay=log_decay,
+            **states,
+        )
     state, momentum = (
-        zero_state(k, v) if x is None else x.to(state_dtype(v)) for x in (initial_state, initial_momentum)
+        zero_state(k, v, cu_seqlens) if x is None else x.to(state_dtype(v)) for x in (initial_state, initial_momentum)
     )
-    if log_decay is None:
-        log_decay = torch.zeros_like(log_momentum)
-    sequences = (q, k, v, gain, log_momentum, log_decay)
-    return map_chunks(
-        _momentum_step, sequences, (state, momentum), like=v, chunk_size=chunk_size, token=_momentum_token
-    )
+    tensors = (q, k, v, gain, log_momentum, log_decay)
+    return each_sequence(cu_seqlens, _momentum_in_torch, tensors, (state, momentum), chunk_size)
+
+
+def _without_momentum_kernel(q: Tensor, v: Tensor) -> str | None:
+    """What about these arguments the kernel does not compute."""
+    largest = 64 if v.dtype == torch.float32 else 128
+    return f"momentum with keys of more than {largest} channels in {v.dtype}" if q.shape[-1] > largest else None
 
 
 def _check(
@@ -128,25 +156,48 @@ def _check(
     v: Tensor,
     gain: Tensor,
     log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
-    backend: Backend,
     *,
     log_momentum: Tensor | None = None,
     **states: Tensor | None,
 ) -> None:
     check_shapes(
+        None,
+        cu_seqlens,
         q=(q, "batch time heads key"),
         k=(k, "batch time heads key"),
         v=(v, "batch time heads value"),
         gain=(gain, "batch time heads key"),
         log_decay=(log_decay, decay_axes(log_decay) if log_momentum is None else "batch time heads"),
         log_momentum=(log_momentum, "batch time heads"),
-        **{name: (state, "batch heads key value") for name, state in states.items()},
+        **{name: (state, "sequences heads key value") for name, state in states.items()},
     )
     check_range("log_decay", log_decay, high=0.0)
     check_range("log_momentum", log_momentum, high=0.0)
     check_chunk_size(chunk_size)
-    uses_triton(backend, q, missing="the delta rule")
+
+
+def _in_torch(
+    q: Tensor, k: Tensor, v: Tensor, gain: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    return map_chunks(_step, (q, k, v, gain, log_decay), state, like=v, chunk_size=chunk_size, token=_token)
+
+
+def _momentum_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None,
+    states: tuple[Tensor, Tensor],
+    chunk_size: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    if log_decay is None:
+        log_decay = torch.zeros_like(log_momentum)
+    tensors = (q, k, v, gain, log_momentum, log_decay)
+    return map_chunks(_momentum_step, tensors, states, like=v, chunk_size=chunk_size, token=_momentum_token)
 
 
 def _step(

@@ -38,6 +38,7 @@ from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_ax
 from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, without_autocast, zero_state
 from ttr.ops._conjugate_gradients import conjugate_gradients
 from ttr.ops._convergence import warn_unless_converged
+from ttr.ops._packed import Bounds, each_sequence
 from ttr.ops.linear_attention import linear_attention
 
 Solver = Literal["auto", "chunk", "conjugate_gradients", "direct"]
@@ -58,12 +59,14 @@ def least_squares(
     solver: Solver = "auto",
     steps: int = 200,
     tolerance: float | None = None,
-    initial_state: tuple[Float[Tensor, "batch heads key key"], Float[Tensor, "batch heads key value"]] | None = None,
+    initial_state: tuple[Float[Tensor, "sequences heads key key"], Float[Tensor, "sequences heads key value"]]
+    | None = None,
+    cu_seqlens: Bounds | None = None,
     chunk_size: int = 64,
     backend: Backend = "auto",
 ) -> tuple[
     Float[Tensor, "batch time heads value"],
-    tuple[Float[Tensor, "batch heads key key"], Float[Tensor, "batch heads key value"]],
+    tuple[Float[Tensor, "sequences heads key key"], Float[Tensor, "sequences heads key value"]],
 ]:
     r"""Predict by the exact weighted ridge regression on all pairs so far.
 
@@ -103,6 +106,8 @@ def least_squares(
         steps: the most steps that conjugate gradients take.
         tolerance: the residual, relative to its right-hand side, at which they stop; None is 10·ε.
         initial_state: :math:`(G_0, C_0)`, as an earlier call returned it.
+        cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
+            int32 or int64. States have one row a sequence. None is a batch of sequences, all equally long.
         chunk_size: tokens treated in one matrix product; changes the speed, not the result.
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
 
@@ -111,7 +116,8 @@ def least_squares(
 
     Raises:
         ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, a ridge ≤ 0, a weight < 0,
-            chunk_size or steps < 1, tolerance ≤ 0, a solver that does not solve this problem, or backend "triton".
+            chunk_size or steps < 1, tolerance ≤ 0, bounds that do not rise from 0 to time, a solver that does not solve
+            this problem, or backend "triton".
 
     Warns:
         ConvergenceWarning: with the residual, where conjugate gradients have not converged.
@@ -121,6 +127,8 @@ def least_squares(
     per_head = isinstance(ridge, Tensor) and ridge.ndim == 1
     curvature, cross = initial_state or (None, None)
     check_shapes(
+        None,
+        cu_seqlens,
         q=(q, "batch time heads key"),
         k=(k, "batch time heads key"),
         v=(v, "batch time heads value"),
@@ -128,8 +136,8 @@ def least_squares(
         log_decay=(log_decay, decay_axes(log_decay)),
         weight=(weight, "batch time heads"),
         **{
-            "initial_state[0]": (curvature, "batch heads key key"),
-            "initial_state[1]": (cross, "batch heads key value"),
+            "initial_state[0]": (curvature, "sequences heads key key"),
+            "initial_state[1]": (cross, "sequences heads key value"),
         },
     )
     check_range("ridge", ridge, low=0.0, open_low=True)
@@ -138,18 +146,36 @@ def least_squares(
     check_chunk_size(chunk_size)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    dtype = state_dtype(v)
     if tolerance is None:
-        tolerance = 10 * torch.finfo(dtype).eps
+        tolerance = 10 * torch.finfo(state_dtype(v)).eps
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
-    uses_triton(backend, q, missing="least squares")
-    solve = _chosen(solver, log_decay, q.shape[1], ridge_decays, steps=steps, tolerance=tolerance)
+    uses_triton(backend, q, v, missing="least squares")
+    choose = partial(_chosen, solver, ridge_decays=ridge_decays, steps=steps, tolerance=tolerance)
+    others = (ridge, ridge_decays, choose, chunk_size, backend)
+    return each_sequence(cu_seqlens, _in_torch, (q, k, v, log_decay, weight), initial_state, *others)
 
+
+def _in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    weight: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    ridge: Tensor,
+    ridge_decays: bool,
+    choose: Callable[[Tensor | None, int], Solve],
+    chunk_size: int,
+    backend: Backend,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    dtype = state_dtype(v)
+    curvature, cross = state or (None, None)
+    solve = choose(log_decay, q.shape[1])
     with without_autocast(v):
         q, k, values, ridge = (x.to(dtype) for x in (q, k, v, ridge))
         log_decay, weight = (None if x is None else x.to(dtype) for x in (log_decay, weight))
-        if per_head:
+        if ridge.ndim == 1:
             ridge = ridge.unsqueeze(-1).expand(k.shape[2:])
         if curvature is None:
             prior = torch.diag_embed(ridge if ridge_decays else torch.zeros_like(ridge))
@@ -232,7 +258,7 @@ class _Whiten(torch.autograd.Function):
                 image = image + ridge * x
             total = (curvature * curvature_gradient).sum() - (image * z).sum()
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(total, wanted) if wanted else ())
+        found = iter(torch.autograd.grad(total, wanted, materialize_grads=True) if wanted else ())
         return None, None, z, *(next(found) if need else None for need in needed)
 
 
@@ -241,7 +267,7 @@ def _weighted(k: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _chosen(
-    solver: Solver, log_decay: Tensor | None, time: int, ridge_decays: bool, *, steps: int, tolerance: float
+    solver: Solver, log_decay: Tensor | None, time: int, *, ridge_decays: bool, steps: int, tolerance: float
 ) -> Solve:
     """The solver of that name; of those that solve this problem, the fastest for "auto"."""
     solvers: dict[Solver, Solve] = {

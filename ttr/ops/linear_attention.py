@@ -6,17 +6,14 @@ chunk C the forward costs about 2·T·C·(K + V) + 4·T·K·V floating-point ope
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, in_kernel, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
-
-KERNEL_HEAD_SIZE = 256
+from ttr.ops._packed import Bounds, each_sequence
 
 
 def linear_attention(
@@ -25,10 +22,11 @@ def linear_attention(
     v: Float[Tensor, "batch time heads value"],
     log_decay: Float[Tensor, "batch time heads"] | Float[Tensor, "batch time heads key"] | None = None,
     *,
-    initial_state: Float[Tensor, "batch heads key value"] | None = None,
+    initial_state: Float[Tensor, "sequences heads key value"] | None = None,
+    cu_seqlens: Bounds | None = None,
     chunk_size: int = 64,
     backend: Backend = "auto",
-) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "batch heads key value"]]:
+) -> tuple[Float[Tensor, "batch time heads value"], Float[Tensor, "sequences heads key value"]]:
     r"""Read decayed sums of key–value outer products.
 
     .. math:: S_t = \operatorname{Diag}(e^{\ell_t})\, S_{t-1} + k_t v_t^\top, \qquad y_t = S_t^\top q_t
@@ -40,41 +38,41 @@ def linear_attention(
         log_decay: :math:`\ell_t \le 0`, the natural log of the factor on the old state, one a head or one a
             channel of the key; None keeps everything.
         initial_state: :math:`S_0`; None is zero.
+        cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
+            int32 or int64. States have one row a sequence. None is a batch of sequences, all equally long.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result. The
             kernel has its own.
-        backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
+        backend: "auto" is Triton for CUDA tensors that the kernel takes and PyTorch otherwise; "torch" and
             "triton" force one.
 
     Returns:
         The outputs in the dtype of v, and the final state in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, or
-            backend "triton" where no kernel takes these arguments.
+        ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1,
+            bounds that do not rise from 0 to time, or backend "triton" where no kernel takes these arguments.
+        ImportError: for backend "triton" without a triton that is new enough.
+
+    Warns:
+        KernelFallbackWarning: once a reason, where PyTorch computes with CUDA tensors that no kernel takes.
 
     Katharopoulos et al. (2020), eq. 18; with a decay per head Dao & Gu (2024), per channel Yang et al. (2023).
     """
     check_shapes(
+        None,
+        cu_seqlens,
         q=(q, "batch time heads key"),
         k=(k, "batch time heads key"),
         v=(v, "batch time heads value"),
         log_decay=(log_decay, decay_axes(log_decay)),
-        initial_state=(initial_state, "batch heads key value"),
+        initial_state=(initial_state, "sequences heads key value"),
     )
     check_range("log_decay", log_decay, high=0.0)
     check_chunk_size(chunk_size)
-    state = zero_state(k, v) if initial_state is None else initial_state.to(state_dtype(v))
-    compute = _TritonForward.apply if uses_triton(backend, q, _without_kernel(q, v, log_decay)) else _in_torch
-    return compute(q, k, v, log_decay, state, chunk_size)
-
-
-def _without_kernel(q: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
-    """What about these arguments no kernel computes."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a decay per channel"
-    if max(q.shape[-1], v.shape[-1]) > KERNEL_HEAD_SIZE:
-        return f"heads of more than {KERNEL_HEAD_SIZE} channels"
-    return "float64" if v.dtype == torch.float64 else None
+    if uses_triton(backend, q, v):
+        return in_kernel("linear_attention", v, cu_seqlens, q, k, v, log_decay=log_decay, initial_state=initial_state)
+    state = zero_state(k, v, cu_seqlens) if initial_state is None else initial_state.to(state_dtype(v))
+    return each_sequence(cu_seqlens, _in_torch, (q, k, v, log_decay), state, chunk_size)
 
 
 def _in_torch(
@@ -97,31 +95,3 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
 def _token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.addcmul(fade(state, log_decay), k.unsqueeze(-1), v.unsqueeze(-2))
     return (q.unsqueeze(-2) @ state).squeeze(-2), state
-
-
-class _TritonForward(torch.autograd.Function):
-    """The kernel runs forward; backward recomputes the PyTorch rung and differentiates that."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
-    ) -> tuple[Tensor, Tensor]:
-        from ttr_kernels import linear_attention_forward
-
-        ctx.save_for_backward(q, k, v, log_decay, state)
-        ctx.chunk_size = chunk_size
-        log_decay = None if log_decay is None else log_decay.float()
-        return linear_attention_forward(q.to(v.dtype), k.to(v.dtype), v, log_decay, state)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:-1]
-        leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = _in_torch(*[*leaves, ctx.chunk_size])
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients))
-        return *(next(found) if need else None for need in needed), None

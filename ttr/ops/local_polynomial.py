@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, only_torch, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes
 from ttr.ops._chunks import state_dtype, without_autocast
 from ttr.ops._local_linear import LocalLinear, Settings, Solver, log_factors, spans
+from ttr.ops._packed import Bounds, each_sequence
 
 Similarity = Literal["exponential", "gaussian"]
 
@@ -30,16 +32,22 @@ QUADRATIC_FEATURES = 2**22  # numbers in the monomials of the pairs that some qu
 
 
 class PastPairs(NamedTuple):
-    """The pairs from which a fit goes on; the decay and the weight where the call has them."""
+    """The pairs from which a fit goes on; the decay and the weight where the call has them.
+
+    With `cu_seqlens` they are those of packed sequences, end to end. These differ in number and make no batch, so no
+    call goes on from them; each sequence does, from the pairs between its bounds.
+    """
 
     k: Float[Tensor, "batch past heads key"]
     v: Float[Tensor, "batch past heads value"]
     log_decay: Float[Tensor, "batch past heads"] | None = None
     weight: Float[Tensor, "batch past heads"] | None = None
+    cu_seqlens: Int[Tensor, " bounds"] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PastPairs:
-        """The pairs with the function applied to each tensor."""
-        return PastPairs(function(self.k), function(self.v), *(None if x is None else function(x) for x in self[2:]))
+        """The pairs with the function applied to each tensor but the bounds."""
+        log_decay, weight = (None if x is None else function(x) for x in (self.log_decay, self.weight))
+        return PastPairs(function(self.k), function(self.v), log_decay, weight, self.cu_seqlens)
 
 
 def local_polynomial(
@@ -59,6 +67,7 @@ def local_polynomial(
     steps: int = 200,
     tolerance: float | None = None,
     initial_state: PastPairs | None = None,
+    cu_seqlens: Bounds | None = None,
     chunk_size: int = 128,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "batch time heads value"], PastPairs]:
@@ -94,17 +103,21 @@ def local_polynomial(
             unsolved.
         steps: the most conjugate gradient steps; a direct solve also takes one or two, against rounding.
         tolerance: where they stop, the relative residual; None is ten units of rounding.
-        initial_state: the pairs before the first; None for no pair.
+        initial_state: the pairs before the first; None for no pair, and for packed sequences.
+        cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
+            int32 or int64. None is a batch of sequences, all equally long.
         chunk_size: queries treated at once; changes speed and memory, and the result within the tolerance.
         backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
 
     Returns:
-        The outputs in the dtype of v, and the pairs that the next call needs (all, or the last window − 1).
+        The outputs in the dtype of v, and the pairs that the next call needs (all, or the last window − 1). With
+        cu_seqlens they are all pairs and their bounds, which no one call goes on from.
 
     Raises:
         ValueError: for a wrong shape, dtype, device or choice, a number outside its range, a ridge or probe missing
-            or without a use, a state without the call's decay or weight, and degree 2 where the normal matrices of
-            a block, chunk_size · (1 + K + K(K+1)/2)² numbers a head, exceed a GiB.
+            or without a use, a state without the call's decay or weight, a state of or beside packed sequences, bounds
+            that do not rise from 0 to time, and degree 2 where the normal matrices of a block,
+            chunk_size · (1 + K + K(K+1)/2)² numbers a head, exceed a GiB.
 
     Warns:
         ConvergenceWarning: where conjugate gradients needed more steps.
@@ -113,25 +126,46 @@ def local_polynomial(
     for degree 1 as attention, by conjugate gradients; Zuo et al. (2026, Parallax) for the probe.
     """
     _check_numbers(degree, bandwidth, window, similarity, solver, steps, tolerance, chunk_size)
-    _check_tensors(q, k, v, degree, ridge, log_decay, weight, probe, initial_state)
-    uses_triton(backend, q, missing="local polynomials")
-    pairs = _joined(initial_state, PastPairs(k, v, log_decay, weight))
-    if q.shape[1] == 0:
-        return v, _kept(pairs, window)
+    _check_tensors(q, k, v, degree, ridge, log_decay, weight, probe, initial_state, cu_seqlens)
+    if degree == 1:
+        uses_triton(backend, q, v, missing="local polynomials")
+    else:
+        only_torch(backend, f"local polynomials of degree {degree}")
+    pairs = _joined(initial_state, PastPairs(k, v, log_decay, weight, cu_seqlens))
 
     # At degree 2 products of four channels cancel.
     dtype = torch.float64 if degree == 2 else state_dtype(v)
     tolerance = 10 * torch.finfo(dtype).eps if tolerance is None else tolerance
     how = Settings(chunk_size, window, solver, steps, tolerance)
+    prepare = partial(_prepared, bandwidth=bandwidth, similarity=similarity, dtype=dtype)
+    y, _ = each_sequence(cu_seqlens, _in_torch, (q, probe, *pairs[:4]), None, prepare, degree, ridge, how)
+    return y.to(v.dtype), pairs if cu_seqlens is not None else _kept(pairs, window)
+
+
+def _in_torch(
+    q: Tensor,
+    probe: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    weight: Tensor | None,
+    state: None,
+    prepare: Callable[[Tensor, PastPairs], _Fit],
+    degree: int,
+    ridge: Tensor | None,
+    how: Settings,
+) -> tuple[Tensor, None]:
+    if q.shape[1] == 0:
+        return v[:, :0], None
     with without_autocast(v):
-        fit = _prepared(q, pairs, bandwidth, similarity, dtype)
+        fit = prepare(q, PastPairs(k, v, log_decay, weight))
         if degree == 0:
             y = _constant(fit, how, only_kernel=log_decay is None and weight is None)
         elif degree == 1:
             y = _linear(fit, how, ridge, probe)
         else:
             y = _quadratic(fit, how, ridge)
-    return y.transpose(1, 2).to(v.dtype), _kept(pairs, window)
+    return y.transpose(1, 2), None
 
 
 def _check_numbers(
@@ -173,6 +207,7 @@ def _check_tensors(
     weight: Tensor | None,
     probe: Tensor | None,
     past: PastPairs | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     if probe is not None and degree != 1:
         raise ValueError(f"probe: expected None at degree {degree}, got a tensor")
@@ -180,9 +215,20 @@ def _check_tensors(
     if (ridge is not None) != solved:
         where = f"at degree {degree}" + (" with a probe" if probe is not None else "")
         raise ValueError(f"ridge: expected {'a tensor (heads)' if solved else 'None'} {where}, got {ridge}")
-    sequences = {} if past is None else past._asdict()
+    if past is not None and cu_seqlens is not None:
+        raise ValueError(
+            "initial_state: expected None with cu_seqlens, as past pairs of different number make no batch"
+        )
+    if past is not None and past.cu_seqlens is not None:
+        raise ValueError(
+            "initial_state: expected a batch of past pairs, got those of packed sequences; go on with one sequence, "
+            "from the pairs between its bounds"
+        )
     axes = {"k": "key", "v": "value", "log_decay": "", "weight": ""}
+    sequences = {} if past is None else {name: getattr(past, name) for name in axes}
     check_shapes(
+        None,
+        cu_seqlens,
         q=(q, "batch time heads key"),
         k=(k, "batch time heads key"),
         v=(v, "batch time heads value"),
@@ -232,7 +278,7 @@ class _Fit(NamedTuple):
 
 def _prepared(q: Tensor, pairs: PastPairs, bandwidth: float, similarity: Similarity, dtype: torch.dtype) -> _Fit:
     query, k, v = (x.to(dtype).transpose(1, 2) for x in (q, pairs.k, pairs.v))
-    log_decay, weight = (None if x is None else x.to(dtype).transpose(1, 2) for x in pairs[2:])
+    log_decay, weight = (None if x is None else x.to(dtype).transpose(1, 2) for x in (pairs.log_decay, pairs.weight))
     # Only differences of keys count; measured from one of them, large common parts cancel without rounding.
     origin = k[:, :, :1].detach()
     k, target = k - origin, query - origin
