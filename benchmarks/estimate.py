@@ -1,8 +1,8 @@
 """What the kernels should take on a GPU that is not here: `python -m benchmarks.estimate`.
 
 Nothing is measured. Each op is called at the shapes of the benchmark with the settings for the GPU; of every launch a
-few programs run under Triton's interpreter, where products of matrices are counted and not computed. A launch moves
-each of its tensors once. It then takes at least
+few programs run under Triton's interpreter, where products of matrices are counted. A launch moves each of its tensors
+once. It then takes at least
 
     operations / the GPU's peak,    bytes / its bandwidth,    waves · products one after the other · PRODUCT_SECONDS
 
@@ -72,8 +72,9 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
     _, launches, _ = support()
     found: list[Launch] = []
     counts = np.zeros(4)  # operations in half precision, TF32, float32; products
+    product = interpreter.interpreter_builder.create_dot
 
-    def dot(a: Any, b: Any, d: Any, input_precision: Any, *_: Any) -> Any:
+    def dot(a: Any, b: Any, d: Any, input_precision: Any, *others: Any) -> Any:
         *batch, m, k = a.data.shape
         operations = 2 * math.prod(batch) * m * k * b.data.shape[-1]
         name = str(input_precision).rpartition(".")[2].lower()
@@ -84,7 +85,7 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
         else:
             counts[2] += operations
         counts[3] += 1
-        return interpreter.TensorHandle(d.data, d.dtype.scalar)
+        return product(a, b, d, input_precision, *others)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         names = set(kernel.arg_names)
@@ -165,6 +166,14 @@ def row(
     return found
 
 
+def draw(inputs: dict[str, Any]) -> None:
+    """Numbers with which solvers do not stop at once; decays and weights in logarithms, ridges above zero."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            low, high = (-0.1, 0.0) if name.startswith("log_") else (0.5, 1.0) if name == "ridge" else (-0.5, 0.5)
+            x.data.uniform_(low, high)
+
+
 def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list[Record]:
     """Rows of all cases that are differentiated, at the shapes that the benchmark measures each at."""
     _, launches, compile_kernels = support()
@@ -174,6 +183,7 @@ def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list
         for shape in shapes or of_op.get(str(case), SHAPES):
             sizes = shape._asdict() | {"sequences": shape.batch}
             inputs = case.inputs(torch.bfloat16, sizes.pop("dim"), **sizes)
+            draw(inputs)
             with counted() as found:
                 launches.call(case, inputs)
             rows += [row(str(case), shape, direction, found, budgets, peaks) for direction in DIRECTIONS]

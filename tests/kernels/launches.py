@@ -80,8 +80,8 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
-    """A case's function forwards, and backwards from all that it returns."""
-    outputs = list(tensors_in(getattr(ttr_kernels, case.function)(**inputs)))
+    """A case's function forwards, and backwards from all that it returns and that has a gradient."""
+    outputs = [y for y in tensors_in(getattr(ttr_kernels, case.function)(**inputs)) if y.requires_grad]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
