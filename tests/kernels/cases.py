@@ -61,18 +61,23 @@ STEP: dict[str, Any] = {"sizes": {"batch": 16, "sequences": 16, "time": 1}, "bac
 SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
 STAYS = {"ridge_decays": False}
 
-OF_FUNCTIONS = {
-    "linear_attention": QKV,
-    "delta_rule": QKV | {"gain": KEYS},
+# By function, its tensors and the decays that it takes.
+OF_FUNCTIONS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "linear_attention": (QKV, tuple(DECAYS)),
+    "delta_rule": (QKV | {"gain": KEYS}, tuple(DECAYS)),
+    "momentum_delta_rule": (
+        QKV | {"gain": KEYS, "log_momentum": SCALARS, "initial_momentum": STATES},
+        ("no decay", "decay per head"),
+    ),
 }
 
 CASES = [
     case
-    for function, tensors in OF_FUNCTIONS.items()
-    for name, decay in DECAYS.items()
+    for function, (tensors, decays) in OF_FUNCTIONS.items()
+    for decay in decays
     for case in (
-        Case(function, name, tensors | decay),
-        Case(function, f"{name}, a step", tensors | decay, **STEP),
+        Case(function, decay, tensors | DECAYS[decay]),
+        Case(function, f"{decay}, a step", tensors | DECAYS[decay], **STEP),
     )
 ]
 CASES += [

@@ -81,11 +81,12 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
-    """A case's function forwards, and backwards from all that it returns."""
-    outputs = [y for y in tree_leaves(getattr(ttr_kernels, case.function)(**inputs)) if y is not None]
+    """A case's function forwards, and backwards from all that it returns and that has a gradient."""
+    found = tree_leaves(getattr(ttr_kernels, case.function)(**inputs))
+    outputs = [y for y in found if y is not None and y.requires_grad]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
