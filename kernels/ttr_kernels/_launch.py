@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-OLDEST_TRITON = (3, 2)
+OLDEST_TRITON = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
     raise ImportError(
         f"triton: expected {'.'.join(map(str, OLDEST_TRITON))} or newer, got {triton.__version__}; "

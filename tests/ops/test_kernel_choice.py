@@ -69,7 +69,6 @@ def test_a_gpu_tensor_goes_to_the_kernel_that_takes_it() -> None:
         (qkv(dtype=torch.float64), "torch.float64 (kernels take float32, float16 and bfloat16)"),
         (qkv(257), "keys of 257 channels (kernels take 1 to 256)"),
         (qkv() | {"v": torch.ones(1, 3, 2, 300)}, "values of 300 channels (kernels take 1 to 256)"),
-        (qkv() | {"log_decay": -torch.ones(1, 3, 2, 4)}, "linear attention with a decay per channel"),
     ],
 )
 def test_what_no_kernel_takes_falls_back_with_one_warning_and_cannot_be_forced(
@@ -98,7 +97,7 @@ def test_every_reason_is_said() -> None:
 @pytest.fixture(params=["too old", "absent"])
 def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Kernels that cannot be imported, and what is said of them."""
-    old = "triton: expected 3.2 or newer, got 3.1.0; upgrade it with torch"
+    old = "triton: expected 3.4 or newer, got 3.1.0; upgrade it with torch"
     error, message = {
         "too old": (f"ImportError({old!r})", old),
         "absent": (
@@ -128,7 +127,7 @@ def test_a_triton_too_old_is_named_when_the_kernels_are_imported(monkeypatch: py
     triton = pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
     monkeypatch.setattr(triton, "__version__", "3.1.0")
     monkeypatch.delitem(sys.modules, "ttr_kernels._launch", raising=False)
-    with pytest.raises(ImportError, match=re.escape("triton: expected 3.2 or newer, got 3.1.0; upgrade it with torch")):
+    with pytest.raises(ImportError, match=re.escape("triton: expected 3.4 or newer, got 3.1.0; upgrade it with torch")):
         importlib.import_module("ttr_kernels._launch")
 
 

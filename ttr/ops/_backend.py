@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,21 @@ def uses_triton(backend: Backend, q: Tensor, v: Tensor, missing: str | None = No
     if reason is not None and not torch.compiler.is_compiling():
         _warn(reason)
     return reason is None
+
+
+def in_kernel(
+    name: str,
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    *sequences: Tensor,
+    **float32: Tensor | None,
+) -> Any:
+    """Call the kernel of that name: sequences as `like`, its other tensors, by keyword, in float32."""
+    import ttr_kernels
+
+    wide = {key: None if x is None else x.float() for key, x in float32.items()}
+    bounds = None if cu_seqlens is None else cu_seqlens.int()
+    return getattr(ttr_kernels, name)(*(x.to(like.dtype) for x in sequences), **wide, cu_seqlens=bounds)
 
 
 def only_torch(backend: Backend, what: str) -> None:

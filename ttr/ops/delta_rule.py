@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, in_kernel, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
 from ttr.ops._packed import Bounds, each_sequence
@@ -54,19 +54,25 @@ def delta_rule(
         cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
             int32 or int64. States have one row a sequence. None is a batch of sequences, all equally long.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: "auto" is Triton for CUDA tensors that the kernel takes and PyTorch otherwise; "torch" and
+            "triton" force one. The kernel has its own chunk_size.
 
     Returns:
         The outputs in the dtype of v, and the final state in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, chunk_size < 1, bounds that
-            do not rise from 0 to time, or backend "triton".
+            do not rise from 0 to time, or backend "triton" where no kernel takes these arguments.
+        ImportError: for backend "triton" without a triton that is new enough.
+
+    Warns:
+        KernelFallbackWarning: once a reason, where PyTorch computes with CUDA tensors that no kernel takes.
 
     Schlag et al. (2021), eq. 24; chunkwise Yang et al. (2024), eq. 8–11; decay Yang et al. (2024, gated), eq. 10.
     """
     _check(q, k, v, gain, log_decay, cu_seqlens, chunk_size, initial_state=initial_state)
-    uses_triton(backend, q, v, missing="the delta rule")
+    if uses_triton(backend, q, v):
+        return in_kernel("delta_rule", v, cu_seqlens, q, k, v, gain, log_decay=log_decay, initial_state=initial_state)
     state = zero_state(k, v, cu_seqlens) if initial_state is None else initial_state.to(state_dtype(v))
     return each_sequence(cu_seqlens, _in_torch, (q, k, v, gain, log_decay), state, chunk_size)
 
@@ -105,7 +111,7 @@ def momentum_delta_rule(
         initial_momentum: :math:`M_0`; None is zero.
         cu_seqlens: packed sequences, as in `delta_rule`.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: as in `delta_rule`; the kernel takes up to 128 channels of the key (64 in float32).
 
     Returns:
         The outputs in the dtype of v, and the final pair (state, momentum) in at least float32.
@@ -118,12 +124,30 @@ def momentum_delta_rule(
     """
     states = {"initial_state": initial_state, "initial_momentum": initial_momentum}
     _check(q, k, v, gain, log_decay, cu_seqlens, chunk_size, log_momentum=log_momentum, **states)
-    uses_triton(backend, q, v, missing="the delta rule with momentum")
+    if uses_triton(backend, q, v, _without_momentum_kernel(q, v)):
+        return in_kernel(
+            "momentum_delta_rule",
+            v,
+            cu_seqlens,
+            q,
+            k,
+            v,
+            gain,
+            log_momentum=log_momentum,
+            log_decay=log_decay,
+            **states,
+        )
     state, momentum = (
         zero_state(k, v, cu_seqlens) if x is None else x.to(state_dtype(v)) for x in (initial_state, initial_momentum)
     )
     tensors = (q, k, v, gain, log_momentum, log_decay)
     return each_sequence(cu_seqlens, _momentum_in_torch, tensors, (state, momentum), chunk_size)
+
+
+def _without_momentum_kernel(q: Tensor, v: Tensor) -> str | None:
+    """What about these arguments the kernel does not compute."""
+    largest = 64 if v.dtype == torch.float32 else 128
+    return f"momentum with keys of more than {largest} channels in {v.dtype}" if q.shape[-1] > largest else None
 
 
 def _check(

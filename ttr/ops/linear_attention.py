@@ -6,13 +6,11 @@ chunk C the forward costs about 2·T·C·(K + V) + 4·T·K·V floating-point ope
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ttr.ops._backend import Backend, uses_triton
+from ttr.ops._backend import Backend, in_kernel, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
 from ttr.ops._chunks import ChunkDecay, fade, map_chunks, state_dtype, zero_state
 from ttr.ops._packed import Bounds, each_sequence
@@ -71,14 +69,10 @@ def linear_attention(
     )
     check_range("log_decay", log_decay, high=0.0)
     check_chunk_size(chunk_size)
+    if uses_triton(backend, q, v):
+        return in_kernel("linear_attention", v, cu_seqlens, q, k, v, log_decay=log_decay, initial_state=initial_state)
     state = zero_state(k, v, cu_seqlens) if initial_state is None else initial_state.to(state_dtype(v))
-    compute = _TritonForward.apply if uses_triton(backend, q, v, _without_kernel(log_decay)) else _in_torch
-    return each_sequence(cu_seqlens, compute, (q, k, v, log_decay), state, chunk_size)
-
-
-def _without_kernel(log_decay: Tensor | None) -> str | None:
-    """What about these arguments the kernel does not compute."""
-    return "linear attention with a decay per channel" if log_decay is not None and log_decay.ndim == 4 else None
+    return each_sequence(cu_seqlens, _in_torch, (q, k, v, log_decay), state, chunk_size)
 
 
 def _in_torch(
@@ -101,31 +95,3 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
 def _token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.addcmul(fade(state, log_decay), k.unsqueeze(-1), v.unsqueeze(-2))
     return (q.unsqueeze(-2) @ state).squeeze(-2), state
-
-
-class _TritonForward(torch.autograd.Function):
-    """The kernel runs forward; backward recomputes the PyTorch rung and differentiates that."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, chunk_size: int
-    ) -> tuple[Tensor, Tensor]:
-        from ttr_kernels import linear_attention_forward
-
-        ctx.save_for_backward(q, k, v, log_decay, state)
-        ctx.chunk_size = chunk_size
-        log_decay = None if log_decay is None else log_decay.float()
-        return linear_attention_forward(q.to(v.dtype), k.to(v.dtype), v, log_decay, state)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:-1]
-        leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = _in_torch(*[*leaves, ctx.chunk_size])
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients))
-        return *(next(found) if need else None for need in needed), None
