@@ -29,7 +29,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def local_pulls_kernel(
-    p_q, p_k, p_v, p_to_y, p_mean, p_norm, p_fade, p_bias, p_pull, p_right,
+    p_q, p_k, p_v, p_y, p_to_y, p_mean, p_norm, p_fade, p_bias, p_pull, p_right,
     p_spans, p_bounds, spans, past, H, scale, window,
     K: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,6 +50,11 @@ def local_pulls_kernel(
     b_to_y = load_rows(p_to_y + i_row * V, o_m * H, m_t, o_v, V)
     b_norm = tl.load(p_norm + i_row + o_m * H, mask=m_t, other=float("inf"))
     b_fade = load_fade(p_fade, tl.cast(i_first, tl.int64) * H + i_h + o_m * H, m_t)
+    # A fit is near the mean of the values. With it the g lose what they have in common before they are rounded.
+    b_guess = tl.zeros([BLOCK_T], tl.float32)
+    if p_y is not None:
+        b_y = load_rows(p_y + i_row * V, o_m * H, m_t, o_v, V)
+        b_guess = tl.sum(b_y.to(tl.float32) * b_to_y.to(tl.float32), axis=1)
     b_pull = tl.zeros([BLOCK_T], tl.float32)
     b_sum = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for i_pair in range(i_low, i_stop, BLOCK_N):
@@ -59,12 +64,13 @@ def local_pulls_kernel(
         )  # fmt: skip
         i_key = tl.cast(i_pair, tl.int64) * H + i_h
         b_v = load_rows(p_v + i_key * V, o_n * H, i_pair + o_n < i_stop, o_v, V)
-        b_pulled = tl.exp2(b_log) * tl.dot(b_to_y, tl.trans(b_v), input_precision=PRECISION)
+        b_g = tl.dot(b_to_y, tl.trans(b_v), input_precision=PRECISION)
+        b_pulled = tl.exp2(b_log) * (b_g - b_guess[:, None])
         b_pull += tl.sum(b_pulled, axis=1)
         b_sum = tl.dot(b_pulled.to(b_k.dtype), b_k, b_sum, input_precision=PRECISION)
     b_mean = load_rows(p_mean + i_row * K, o_m * H, m_t, o_k, K)
     store_rows(p_right + i_row * K, b_pull[:, None] * b_mean - b_sum, o_m * H, m_t, o_k, K)
-    tl.store(p_pull + i_row + o_m * H, b_pull, mask=m_t)
+    tl.store(p_pull + i_row + o_m * H, b_guess + b_pull, mask=m_t)
 
 
 @triton.jit

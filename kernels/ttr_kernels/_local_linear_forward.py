@@ -11,19 +11,20 @@ the weights anew from q·k and the log of their sum: C x = Σ p_i (x·(k_i − �
     local_solve_kernel      3 a step       conjugate gradients, every query its own, until the last of the block is done
     local_output_kernel     3, or 4        (u in two parts where the inputs are half precision, lest its rounding shows)
 
-A product of tiles is K·T² FLOPs a head, causal, where FlashAttention's forward has two. With 8 steps that is 15 times
-its FLOPs and 10 times its exponentials, which at 64 channels cost it as much as the products: about 12 times its time is
-to be expected. Bytes are O(T·K): keys come from the L2 cache.
+A product of tiles is K·T² FLOPs a head, causal, where FlashAttention's forward has two: with 8 steps, (3·8 + 6)/2 = 15
+times its FLOPs. But three products share an exponential where there two do, and at 64 channels it costs as much as two:
+10 times its exponentials. Between 11 times its time, if nothing overlaps, and 15, if all does, is to be expected. Bytes
+are O(T·K), since the keys come from the L2 cache.
 
 Conjugate gradients in half precision: a direction is scaled to length one, then rounded, and the rounded one is the
-direction. The step along it is exact and the next is conjugate to it. What remains is the rounding of p_i x·(k_i − μ), as
-if the keys had been rounded once more: u is off by the rounding of the inputs times the condition of C + λI.
+direction. The step along it is exact and the next is conjugate to it. What remains is the rounding of p_i x·(k_i − μ),
+as if the keys had been rounded once more: u is off by the rounding of the inputs times the condition of C + λI.
 
 Log-weights are in base 2: scale·q·k + bias + fade_t − fade_i, where fade is the decay elapsed, in float32, and its
 rounding is part of the bias. A query that no pair has weight for has the log-sum +inf, so that its weights are zero.
 
-Names: p_ pointer, b_ block of values, o_ offsets, m_ mask, i_ index. Pairs may precede the queries: row r of the queries
-is row r + (sequence + 1)·past of the pairs.
+Names: p_ pointer, b_ block of values, o_ offsets, m_ mask, i_ index. Pairs may precede the queries: row r of these is
+row r + (sequence + 1)·past of the pairs.
 """
 # Triton reads the annotations of a kernel's arguments, so they are left out:
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -125,9 +126,11 @@ def local_moments_kernel(
         b_sum = b_sum * b_fall + tl.sum(b_weights, axis=1)
         b_mean = tl.dot(b_weights.to(b_k.dtype), b_k, b_mean * b_fall[:, None], input_precision=PRECISION)
         b_most = b_more
-    b_mean /= tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    m_any = b_sum > 0.0
+    b_sum = tl.where(m_any, b_sum, 1.0)
+    b_mean /= b_sum[:, None]
     store_rows(p_mean + i_row * K, b_mean, o_m * H, m_t, o_k, K)
-    tl.store(p_norm + i_row + o_m * H, tl.where(b_sum > 0.0, b_most + tl.log2(b_sum), float("inf")), mask=m_t)
+    tl.store(p_norm + i_row + o_m * H, tl.where(m_any, b_most + tl.log2(b_sum), float("inf")), mask=m_t)
     if p_target is not None:
         b_right = load_rows(p_target + i_row * K, o_m * H, m_t, o_k, K).to(tl.float32) - b_mean
         store_rows(p_right + i_row * K, b_right, o_m * H, m_t, o_k, K)
@@ -135,8 +138,8 @@ def local_moments_kernel(
 
 @triton.jit
 def local_solve_kernel(
-    p_x, p_q, p_k, p_mean, p_norm, p_ridge, p_fade, p_bias, p_residual, p_spans, p_bounds, spans, past, H, scale, window,
-    steps, tolerance,
+    p_x, p_q, p_k, p_mean, p_norm, p_ridge, p_fade, p_bias, p_residual, p_spans, p_bounds,
+    spans, past, H, scale, window, steps, tolerance,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x ← (C + λI)^{-1} x for a block of queries, and the largest relative residual."""

@@ -2,8 +2,8 @@
 
     y = Σ p_i (1 + u·(k_i − μ)) v_i ,    (C + λI) u = target − μ ,    μ = Σ p k ,   C = Σ p (k − μ)(k − μ)ᵀ ,
 
-with p the weights of a query, a softmax. Parallax learns u instead, the probe, and nothing is solved. The kernels are in
-`_local_linear_forward` and `_local_linear_backward`; here is what they are launched with. Memory is O(time · key).
+with p the weights of a query, a softmax. Parallax learns u instead, the probe, and nothing is solved. The kernels are
+in `_local_linear_forward` and `_local_linear_backward`; here is what they are launched with. Memory is O(time · key).
 """
 
 import os
@@ -22,7 +22,7 @@ from ttr_kernels.linear_attention import present
 MAX_HEAD_SIZE = 128
 LOG2E = 1.4426950408889634
 STRONGEST = -1e4  # no log-decay counts as less: its weights are zero by far, and sums with it keep their digits
-# Relative residuals within which the inputs' rounding leaves the solution.
+# Relative residuals, where no other is asked for: what rounding leaves of the solution.
 TOLERANCES = {torch.float32: 10 * torch.finfo(torch.float32).eps, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
 
@@ -33,6 +33,34 @@ class Tiles(NamedTuple):
     pairs: int
     warps: int = 8
     stages: int = 2
+
+
+FEW_QUERIES = Tiles(16, 64, warps=4)  # in half precision
+# By whether the inputs are half precision and heads wider than 64: of the kernels that have no others, and these.
+TILES = {
+    (True, False): {"": Tiles(128, 64), "keys": Tiles(32, 128)},
+    (True, True): {"": Tiles(128, 64), "queries": Tiles(128, 32), "solve": Tiles(64, 32), "keys": Tiles(32, 64)},
+    (False, False): {
+        "": Tiles(64, 32), "solve": Tiles(64, 32, stages=1), "queries": Tiles(32, 32), "keys": Tiles(16, 32)
+    },
+    (False, True): {"": Tiles(16, 16, stages=1)},
+}  # fmt: skip
+# Where registers or shared memory are fewer: before sm_90, on sm_12x, and on gfx.
+SMALLER = {
+    (True, False): {"": Tiles(64, 32, warps=4), "keys": Tiles(32, 64, warps=4)},
+    (True, True): {"": Tiles(64, 32), "keys": Tiles(32, 64)},
+    (False, False): {"": Tiles(32, 32), "keys": Tiles(16, 32)},
+    (False, True): {"": Tiles(16, 16, stages=1)},
+}
+
+
+def _tiles(kernel: str, half: bool, wide: bool, architecture: str) -> Tiles:
+    """The largest that spill no register, with few exceptions in float32."""
+    if architecture.startswith("sm_10") and half and kernel == "solve":
+        return Tiles(64, 32, stages=1) if wide else Tiles(128, 32)
+    table = (TILES if architecture in ("cpu", "sm_90") or architecture.startswith("sm_10") else SMALLER)[half, wide]
+    tiles = table.get(kernel, table[""])
+    return tiles._replace(warps=4, stages=1) if architecture.startswith("gfx") else tiles
 
 
 def local_linear(
@@ -147,15 +175,18 @@ class _Sight(NamedTuple):
             rest = (fade.double() - elapsed).float()
             bias = rest if bias is None else bias + rest
         queries, pairs = (packing(len(q), x.shape[1], cu_seqlens, q.device) for x in (q, k))
-        q, k, v, fade, bias = (None if x is None else x.contiguous() for x in (q, k, v, fade, bias))
-        return cls(q, k, v, fade, bias, queries, pairs, scale * LOG2E, window)  # type: ignore[arg-type]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        fade, bias = (None if x is None else x.contiguous() for x in (fade, bias))
+        return cls(q, k, v, fade, bias, queries, pairs, scale * LOG2E, window)
 
     def tiles(self, kernel: str) -> Tiles:
         """Those of a kernel, with no more queries than there are."""
-        wide = max(self.q.shape[-1], self.v.shape[-1]) > 64
-        tiles = _tiles(kernel, self.q.dtype == torch.float32 or wide, architecture(self.q.device))
+        half, wide = self.q.dtype != torch.float32, max(self.q.shape[-1], self.v.shape[-1]) > 64
+        tiles = _tiles(kernel, half, wide, architecture(self.q.device))
         longest = self.queries.longest
-        return tiles if longest is None else tiles._replace(queries=block(longest, tiles.queries))
+        if longest is None or longest > tiles.queries // 2 or kernel == "keys":
+            return tiles
+        return FEW_QUERIES if half and longest <= 16 else tiles._replace(queries=block(longest))
 
     def launch(self, kernel: Any, tiles: Tiles, blocks: Spans, *, values: bool = True, **others: Any) -> None:
         """A program for every span and head."""
@@ -184,17 +215,10 @@ class _Sight(NamedTuple):
         spans = self.queries.cut(tiles.queries)
         residual = self.q.new_empty((spans.number, self.q.shape[2]), dtype=torch.float32)
         self.launch(
-            forwards.local_solve_kernel, tiles, spans, spans=spans.number, values=False, p_x=x, p_mean=mean, p_norm=norm,
-            p_ridge=ridge.contiguous(), p_residual=residual, steps=steps, tolerance=tolerance,
+            forwards.local_solve_kernel, tiles, spans, spans=spans.number, values=False, p_x=x, p_mean=mean,
+            p_norm=norm, p_ridge=ridge.contiguous(), p_residual=residual, steps=steps, tolerance=tolerance,
         )  # fmt: skip
         return residual.amax()
-
-
-def _tiles(kernel: str, large: bool, architecture: str) -> Tiles:
-    """Few settings, each the largest that spills no register."""
-    if kernel == "keys":
-        return Tiles(32, 64)
-    return Tiles(64, 32) if large else Tiles(128, 64)
 
 
 @torch.library.custom_op("ttr_kernels::local_linear", mutates_args=())
@@ -220,7 +244,7 @@ def _forward(
     residual = mean.new_zeros(())
     if q.numel() == 0:
         return y, present(None, q), mean, norm, residual
-    u = probe.contiguous() if probe is not None else torch.empty_like(mean)
+    u = probe.contiguous() if probe is not None else sight.empty(q.shape[-1])
     sight.over_queries(
         forwards.local_moments_kernel, "moments", values=False, p_mean=mean, p_norm=norm,
         p_target=None if target is None else target.contiguous(), p_right=None if target is None else u,
@@ -238,6 +262,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     ridge: Tensor | None,
+    y: Tensor,
     u: Tensor,
     mean: Tensor,
     norm: Tensor,
@@ -254,19 +279,20 @@ def _backward(
     to_q, to_k, to_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     to_bias = q.new_empty(k.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
-        nothing = [x.zero_() for x in (to_k, to_v)]
-        return to_q, *nothing, torch.zeros_like(q), present(ridge, q).clone().zero_(), to_bias.zero_(), norm.new_zeros(())
-    u, to_y = u.contiguous(), to_y.contiguous()
+        found = to_q, to_k, to_v, torch.empty_like(q), torch.empty_like(present(ridge, q)), to_bias, norm.new_empty(())
+        return tuple(x.zero_() for x in found)  # type: ignore[return-value]
+    y, u, to_y = y.contiguous(), u.contiguous(), to_y.contiguous()
     pull, x, rows = sight.empty(), sight.empty(q.shape[-1]), sight.empty(3)
     sight.over_queries(
-        backwards.local_pulls_kernel, "pulls", p_to_y=to_y, p_mean=mean, p_norm=norm, p_pull=pull, p_right=x
-    )
+        backwards.local_pulls_kernel, "pulls",
+        p_y=None if ridge is None else y, p_to_y=to_y, p_mean=mean, p_norm=norm, p_pull=pull, p_right=x,
+    )  # fmt: skip
     w, residual, to_ridge = None, norm.new_zeros(()), present(None, q)
     if ridge is not None:
         residual = sight.solve(x, mean, norm, ridge, steps, tolerance)
         to_ridge = (x * u).sum((0, 1, 3))
         w = x.to(q.dtype)
-    shared = {"p_u": u, "p_w": w, "p_to_y": to_y, "p_norm": norm, "p_rows": rows}
+    shared: dict[str, Any] = {"p_u": u, "p_w": w, "p_to_y": to_y, "p_norm": norm, "p_rows": rows}
     sight.over_queries(
         backwards.local_query_gradient_kernel, "queries", p_mean=mean, p_pull=pull, p_to_q=to_q, **shared
     )
@@ -286,7 +312,7 @@ def _(q, k, v, target, ridge, probe, log_decay, log_weight, cu_seqlens, *_):  # 
 
 
 @_backward.register_fake
-def _(to_y, q, k, v, ridge, u, mean, norm, *_):  # type: ignore[no-untyped-def]
+def _(to_y, q, k, v, ridge, y, u, mean, norm, *_):  # type: ignore[no-untyped-def]
     to_ridge = present(None, q) if ridge is None else ridge.new_empty(ridge.shape)
     like = [x.new_empty(x.shape) for x in (q, k, v, q)]
     return *like, to_ridge, q.new_empty(k.shape[:3], dtype=torch.float32), norm.new_empty(())
@@ -294,13 +320,14 @@ def _(to_y, q, k, v, ridge, u, mean, norm, *_):  # type: ignore[no-untyped-def]
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, _, ridge, probe, log_decay, log_weight, cu_seqlens, *ctx.settings = inputs
-    _, u, mean, norm, residual = output
+    y, u, mean, norm, residual = output
     ctx.mark_non_differentiable(u, mean, norm, residual)
-    ctx.save_for_backward(q, k, v, ridge, u if probe is None else probe, mean, norm, log_decay, log_weight, cu_seqlens)
+    u = u if probe is None else probe
+    ctx.save_for_backward(q, k, v, ridge, y, u, mean, norm, log_decay, log_weight, cu_seqlens)
 
 
 def _differentiate(ctx: Any, to_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *_, ridge, _, _, _, log_decay, log_weight, _ = ctx.saved_tensors
+    _, _, _, ridge, *_, log_decay, log_weight, _ = ctx.saved_tensors
     to_q, to_k, to_v, to_slope, to_ridge, to_bias, residual = _backward(to_y, *ctx.saved_tensors, *ctx.settings)
     _warn_unless_converged(residual, *ctx.settings[2:])
     to_target, to_probe = (None, to_slope) if ridge is None else (to_slope, None)
@@ -314,12 +341,11 @@ def _differentiate(ctx: Any, to_y: Tensor, *_: Tensor | None) -> tuple[Tensor | 
 
 
 def _warn_unless_converged(residual: Tensor, steps: int, tolerance: float) -> None:
-    if torch.compiler.is_compiling() or (residual.is_cuda and os.environ.get("TTR_CHECK") != "1"):
+    """Warn where values may be read: not on a GPU, which would wait, nor of tensors that a compiler traces."""
+    traced = torch.compiler.is_compiling() or type(residual) is not Tensor
+    if traced or (residual.is_cuda and os.environ.get("TTR_CHECK") != "1"):
         return
-    try:
-        largest = residual.item()
-    except RuntimeError:  # a tensor without values
-        return
+    largest = residual.item()
     if largest > tolerance:
         warnings.warn(
             f"conjugate gradients, of a gradient: relative residual {largest:.1e} after {steps} steps, "

@@ -72,3 +72,13 @@ CASES = [
         Case(function, f"{name}, a step", tensors | decay, **STEP),
     )
 ]
+
+LINES = {"q": KEYS, "k": KEYS, "v": VALUES}
+SOLVED = LINES | {"target": KEYS, "ridge": "heads"}
+FACTORS = {"log_decay": SCALARS, "log_weight": SCALARS}
+CASES += [
+    Case("local_linear", "no decay", SOLVED),
+    Case("local_linear", "decay, weights and a window", SOLVED | FACTORS, {"window": 512}),
+    Case("local_linear", "a probe", LINES | {"probe": KEYS}),
+    Case("local_linear", "a step", SOLVED | FACTORS, **STEP),
+]

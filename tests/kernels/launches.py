@@ -80,9 +80,9 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
-    """A case's function forwards, and backwards from all that it returns."""
+    """A case's function forwards, and backwards from all that it returns and that has a gradient."""
     outputs = getattr(ttr_kernels, case.function)(**inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None and y.requires_grad]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
