@@ -168,6 +168,7 @@ def local_solve_kernel(
     goal = tolerance * tolerance
     tl.debug_barrier()  # between threads that read x and those that write it
     store_rows(p_x, tl.zeros_like(b_left), o_m * H, m_t, o_k, K)
+    tl.debug_barrier()
     i_step = 0
     while (tl.max(b_energy, axis=0) > goal) & (i_step < steps):
         # Registers are short. x stays in memory, and the row is read anew, so that no address is kept for later.

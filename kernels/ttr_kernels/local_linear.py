@@ -39,7 +39,10 @@ FEW_QUERIES = Tiles(16, 64, warps=4)  # in half precision
 # By whether the inputs are half precision and heads wider than 64: of the kernels that have no others, and these.
 TILES = {
     (True, False): {"": Tiles(128, 64), "keys": Tiles(32, 128)},
-    (True, True): {"": Tiles(128, 64), "queries": Tiles(128, 32), "solve": Tiles(64, 32), "keys": Tiles(32, 64)},
+    (True, True): {
+        "": Tiles(128, 64), "solve": Tiles(64, 32), "pulls": Tiles(128, 32), "queries": Tiles(128, 32),
+        "keys": Tiles(32, 64)
+    },
     (False, False): {
         "": Tiles(64, 32), "solve": Tiles(64, 32, stages=1), "queries": Tiles(32, 32), "keys": Tiles(16, 32)
     },
