@@ -91,3 +91,13 @@ CASES += [
         Case("least_squares", f"{name}, a step, a ridge that stays", SQUARES | decay, STAYS, **STEP),
     )
 ]
+
+LINES = {"q": KEYS, "k": KEYS, "v": VALUES}
+SOLVED = LINES | {"target": KEYS, "ridge": "heads"}
+FACTORS = {"log_decay": SCALARS, "log_weight": SCALARS}
+CASES += [
+    Case("local_linear", "no decay", SOLVED),
+    Case("local_linear", "decay, weights and a window", SOLVED | FACTORS, {"window": 512}),
+    Case("local_linear", "a probe", LINES | {"probe": KEYS}),
+    Case("local_linear", "a step", SOLVED | FACTORS, **STEP),
+]
