@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance, roofline
-from benchmarks.kernel_cases import DIRECTIONS, OPS, SHAPES, Direction, Shape
+from benchmarks.kernel_cases import CG_STEPS, DIRECTIONS, OPS, SHAPES, SOLVER_STEPS, Direction, Shape
 from benchmarks.record import ROOT, table
 
 Record = dict[str, Any]
@@ -36,6 +36,8 @@ RECORDED = provenance.RESULTS / "kernels.estimate.json"
 DEVICE, TARGET = "H200", "sm_90"
 PRODUCT_SECONDS = 0.4e-6  # of a product of 64 × 64 tiles that waits for the one before: some 700 cycles, an assumption
 LAUNCH_SECONDS = 4e-6  # from one launch to the next, an assumption too
+
+STEPS = {"least_squares": CG_STEPS, "local_linear": SOLVER_STEPS}  # as in the benchmark
 
 TESTS = ROOT / "tests" / "kernels"
 
@@ -184,6 +186,8 @@ def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list
             sizes = shape._asdict() | {"sequences": shape.batch}
             inputs = case.inputs(torch.bfloat16, sizes.pop("dim"), **sizes)
             draw(inputs)
+            if case.function in STEPS and "probe" not in inputs:
+                inputs["steps"] = STEPS[case.function]
             with counted() as found:
                 launches.call(case, inputs)
             rows += [row(str(case), shape, direction, found, budgets, peaks) for direction in DIRECTIONS]

@@ -77,3 +77,17 @@ CASES = [
         Case(function, f"{decay}, a step", tensors | DECAYS[decay], **STEP),
     )
 ]
+
+SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
+STAYS = {"ridge_decays": False}
+CASES += [
+    case
+    for name, decay in DECAYS.items()
+    if name != "decay per channel"
+    for case in (
+        Case("least_squares", name, SQUARES | decay | {"weight": SCALARS}),
+        Case("least_squares", f"{name}, a ridge that stays", SQUARES | decay, STAYS),
+        Case("least_squares", f"{name}, a step", SQUARES | decay, **STEP),
+        Case("least_squares", f"{name}, a step, a ridge that stays", SQUARES | decay, STAYS, **STEP),
+    )
+]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import ttr_kernels
 from cases import Case
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -81,19 +82,11 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
     """A case's function forwards, and backwards from all that it returns and that has a gradient."""
-    outputs = [y for y in tensors_in(getattr(ttr_kernels, case.function)(**inputs)) if y.requires_grad]
+    outputs = [y for y in tree_leaves(getattr(ttr_kernels, case.function)(**inputs)) if y is not None]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        outputs = [y for y in outputs if y.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
-
-
-def tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
-    """Those of a function's results, however they are nested."""
-    if isinstance(outputs, torch.Tensor):
-        yield outputs
-    elif outputs is not None:
-        for part in outputs:
-            yield from tensors_in(part)
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
