@@ -227,7 +227,8 @@ def main() -> None:
     parser.add_argument("-k", dest="pattern", default="", help="only ops whose name has this; the record stays")
     pattern = parser.parse_args().pattern
     cases, _, _ = support()
-    chosen = [case for case in cases.CASES if case.backward and pattern in str(case)]
+    measured = {op.name for op in OPS}
+    chosen = [case for case in cases.CASES if str(case) in measured and pattern in str(case)]
     peaks = roofline.PEAKS[DEVICE]
     made = provenance.provenance(f"NVIDIA {DEVICE}", None) | {"estimate": True, "peaks": peaks._asdict()}
     made["rows"] = estimates(chosen)

@@ -58,6 +58,9 @@ DECAYS: dict[str, dict[str, str]] = {
 }
 STEP: dict[str, Any] = {"sizes": {"batch": 16, "sequences": 16, "time": 1}, "backward": False}
 
+SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
+STAYS = {"ridge_decays": False}
+
 # By function, its tensors and the decays that it takes.
 OF_FUNCTIONS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "linear_attention": (QKV, tuple(DECAYS)),
@@ -77,9 +80,6 @@ CASES = [
         Case(function, f"{decay}, a step", tensors | DECAYS[decay], **STEP),
     )
 ]
-
-SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
-STAYS = {"ridge_decays": False}
 CASES += [
     case
     for name, decay in DECAYS.items()
@@ -90,4 +90,14 @@ CASES += [
         Case("least_squares", f"{name}, a step", SQUARES | decay, **STEP),
         Case("least_squares", f"{name}, a step, a ridge that stays", SQUARES | decay, STAYS, **STEP),
     )
+]
+
+LINES = {"q": KEYS, "k": KEYS, "v": VALUES}
+SOLVED = LINES | {"target": KEYS, "ridge": "heads"}
+FACTORS = {"log_decay": SCALARS, "log_weight": SCALARS}
+CASES += [
+    Case("local_linear", "no decay", SOLVED),
+    Case("local_linear", "decay, weights and a window", SOLVED | FACTORS, {"window": 512}),
+    Case("local_linear", "a probe", LINES | {"probe": KEYS}),
+    Case("local_linear", "a step", SOLVED | FACTORS, **STEP),
 ]

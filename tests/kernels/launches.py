@@ -82,10 +82,10 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
     """A case's function forwards, and backwards from all that it returns and that has a gradient."""
-    outputs = [y for y in tree_leaves(getattr(ttr_kernels, case.function)(**inputs)) if y is not None]
+    found = tree_leaves(getattr(ttr_kernels, case.function)(**inputs))
+    outputs = [y for y in found if y is not None and y.requires_grad]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        outputs = [y for y in outputs if y.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
 
