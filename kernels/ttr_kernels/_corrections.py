@@ -30,7 +30,7 @@ from ttr_kernels._blocks import (
     product,
     store_rows,
 )  # fmt: skip
-from ttr_kernels._launch import MAX_HEAD_SIZE, block, decay_kind, precision
+from ttr_kernels._launch import MAX_HEAD_SIZE, architecture, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
@@ -236,10 +236,12 @@ def carried(
     block_k = block(key, 2 * MAX_HEAD_SIZE)
     dtype = values.dtype if to_y is None else to_y.dtype
     block_v = block(value, max(16, STATE_TILES[dtype] // block_k))
+    # Two stages of larger tiles do not fit into the shared memory of sm_90, nor any into that of gfx942.
+    staged = block_k <= 64 and not architecture(k.device).startswith("gfx")
     sizes = {
         "K": key, "CHUNK": packing.chunk, "BLOCK_K": block_k, "BLOCK_V": block_v,
         "DECAY": decay_kind(log_decay) if left is None else 2, "BACKWARDS": queries is not None,
-        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if block_k <= 128 else 1,
+        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if staged else 1,
     }  # fmt: skip
     reads, writes = (k, gain) if queries is None else (gain, k)
 
