@@ -30,7 +30,7 @@ from ttr_kernels._blocks import (
     product,
     store_rows,
 )  # fmt: skip
-from ttr_kernels._launch import MAX_HEAD_SIZE, block, decay_kind, precision
+from ttr_kernels._launch import MAX_HEAD_SIZE, architecture, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
@@ -236,10 +236,15 @@ def carried(
     block_k = block(key, 2 * MAX_HEAD_SIZE)
     dtype = values.dtype if to_y is None else to_y.dtype
     block_v = block(value, max(16, STATE_TILES[dtype] // block_k))
+    # Two stages fit into shared memory: of larger tiles where there is more of it and a third stream, of the queries,
+    # is absent or narrow; never on gfx942.
+    target = architecture(k.device)
+    wide = block_k <= 128 and target in ("sm_90", "sm_100") and (left is None or queries is None)
+    staged = not target.startswith("gfx") and (block_k <= 64 or wide)
     sizes = {
         "K": key, "CHUNK": packing.chunk, "BLOCK_K": block_k, "BLOCK_V": block_v,
         "DECAY": decay_kind(log_decay) if left is None else 2, "BACKWARDS": queries is not None,
-        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if block_k <= 128 else 1,
+        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if staged else 1,
     }  # fmt: skip
     reads, writes = (k, gain) if queries is None else (gain, k)
 

@@ -59,7 +59,7 @@ def test_a_launch_takes_the_longest_of_its_bounds():
     assert estimate.seconds(few, 2, PEAKS)["memory"] == pytest.approx(12e-3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.backward], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if str(case) in {op.name for op in OPS}], ids=str)
 def test_kernels_execute_no_less_than_is_needed(case):
     """The count by hand takes half of a product within a chunk; kernels compute the tile, in parts for float32."""
     shape = Shape(1, 128, 2, 32)
@@ -74,4 +74,4 @@ def test_kernels_execute_no_less_than_is_needed(case):
 
 
 def test_ops_are_called_as_their_cases_are():
-    assert {str(case) for case in CASES if case.backward} & {op.name for op in OPS}
+    assert {op.name for op in OPS} <= {str(case) for case in CASES if case.backward}
