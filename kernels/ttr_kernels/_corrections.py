@@ -34,7 +34,6 @@ from ttr_kernels._launch import MAX_HEAD_SIZE, architecture, block, decay_kind, 
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
-LARGEST_TRANSITION = 128  # key size; larger matrices do not fit a program
 # Numbers of a state that a program carries.
 STATE_TILES = {torch.float32: 1024, torch.float16: 4096, torch.bfloat16: 4096}
 
@@ -261,7 +260,8 @@ def carried(
     states, final = new(packing.chunks.number, key, value), new(packing.sequences, key, value)
     errors = values.new_empty(values.shape, dtype=dtype)
     spans = segments(packing, heads * triton.cdiv(value, block_v))
-    if spans.number == packing.sequences or key > LARGEST_TRANSITION:
+    # A larger matrix from segment to segment does not fit into shared memory.
+    if spans.number == packing.sequences or key > (64 if target.startswith("gfx") else 128):
         carry(packing.whole, value, initial, states, errors, final)
         return states, errors, final
 
