@@ -873,7 +873,7 @@ def train(design):
     """One model: the same data, seed and settings for every design."""
     seed_everything(0, workers=True, verbose=False)
     model = {"design": design, **text_sizes["model"]}
-    module = TokenPrediction(text.vocab_size, learning_rate=5e-3, warmup_steps=20, **model)
+    module = TokenPrediction(vocab_size=text.vocab_size, learning_rate=5e-3, warmup_steps=20, **model)
     curves = Curves()
     trainer = Trainer(
         max_epochs=text_sizes["rounds"],

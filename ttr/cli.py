@@ -12,14 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ttr.training import TokenPrediction
+from ttr.training import Training
 
 
 class _CommandLine(LightningCLI):
     """Puts all of a run under `trainer.default_root_dir`, and states a user's mistake in one line."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+        parser.set_defaults({"model": {"class_path": "ttr.training.TokenPrediction"}})
+        for size in SIZES:
+            parser.link_arguments(f"data.{size}", f"model.init_args.{size}", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": "link"})
         # A fixed folder, so that `--ckpt_path last` finds what an earlier process left.
@@ -36,6 +38,9 @@ class _CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        for name in SIZES:
+            if (size := config.model.init_args.get(name)) is not None:
+                parser.error(f"model.{name}: expected nothing, it is the task's, got {size!r}")
         path = config.ckpt_path
         if path in (None, "best", "hpc"):
             return
@@ -46,7 +51,7 @@ class _CommandLine(LightningCLI):
             missing = "" if Path(path).exists() else ", which does not exist"
             parser.error(f"ckpt_path: expected a Lightning checkpoint, got {str(path)!r}{missing}")
         saved = checkpoint.get("hyper_parameters", {})
-        for name, value in config.model.items() if self.config.subcommand == "fit" else ():
+        for name, value in config.model.init_args.items() if self.config.subcommand == "fit" else ():
             if isinstance(value, (str, int, float)) and name in saved and name in SHAPING and saved[name] != value:
                 parser.error(f"model.{name}: expected {saved[name]!r}, that of {path}, got {value!r}")
 
@@ -67,8 +72,14 @@ class _CommandLine(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+# What a model takes from its task.
+SIZES = {"vocab_size", "input_size", "output_size"}
+
 # What a checkpoint's weights were trained as: to go on as something else would be a mistake, not a change of mind.
-SHAPING = {"design", "d_model", "num_layers", "num_heads", "mlp_ratio", "key_dim", "value_dim", "conv_width", "conv_on"}
+SHAPING = {
+    *("design", "d_model", "num_layers", "num_heads", "mlp_ratio", "key_dim", "value_dim"),
+    *("conv_width", "conv_on", "conv_silu", "norm"),
+}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -88,8 +99,9 @@ def main(args: ArgsType = None) -> None:
     Raises SystemExit with code 2 and one line on standard error for an argument that cannot be.
     """
     _CommandLine(
-        TokenPrediction,
+        Training,
         LightningDataModule,
+        subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
         trainer_defaults={"default_root_dir": "runs"},

@@ -21,7 +21,7 @@ def small(**options: object) -> RegressionLM:
 
 def test_blocks_may_differ() -> None:
     model = small(design=["delta_net", Design(Decay())])
-    assert [block.mixer.design.name for block in model.blocks] == ["DeltaNet", None]
+    assert [block.mixer.design.name for block in model.backbone.blocks] == ["DeltaNet", None]
     assert model(PROMPT).shape == (2, 5, 11)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
 from ttr.tasks import IGNORED, Recall, recall_batch
+from ttr.tasks.recall import distinct_integers
 
 
 def generator(seed: int) -> torch.Generator:
@@ -56,6 +57,42 @@ def test_position_and_order_do_not_give_the_answer_away():
     share = place.bincount(minlength=num_pairs) / len(place)
     standard_error = (num_pairs - 1) ** 0.5 / num_pairs / len(place) ** 0.5
     assert (share - 1 / num_pairs).abs().max() < 4 * standard_error
+
+
+def test_queries_after_power_law_gaps_stand_at_every_second_place_with_its_weight():
+    """One pair alone is drawn from the weights themselves; all of them, key after key, are not in order but near it."""
+    _, targets = recall_batch(generator(2), 20_000, length=34, num_pairs=1, placement="power_law", power_a=0.3)
+    assert not (targets[:, 3::2] >= 0).any()
+    share = (targets[:, 2::2] >= 0).float().mean(0)
+    weights = torch.arange(1.0, 17.0) ** (0.3 - 1)
+    expected = weights / weights.sum()
+    assert ((share - expected).abs() < 4 * (expected / 20_000).sqrt()).all()
+
+    tokens, targets = recall_batch(generator(3), 2000, length=64, num_pairs=16, placement="power_law")
+    first, last = ((tokens[:, 32:] == tokens[:, place, None]).int().argmax(1).float().mean() for place in (0, 30))
+    assert first < 10 < 16 < last
+
+
+@pytest.mark.parametrize("placement", ["uniform", "power_law"])
+def test_the_benchmark_s_own_sizes_answer_every_key_once(placement):
+    tokens, targets = recall_batch(generator(4), 3, 8192, 1024, 256, placement)
+    for sequence, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        value_of = dict(zip(sequence[:512:2], sequence[1:512:2], strict=True))
+        assert len(value_of) == len(set(value_of.values())) == 256
+        assert all(0 < key < 4096 <= value < 8192 for key, value in value_of.items())
+        asked = [(key, value) for key, value in zip(sequence, answers, strict=True) if value >= 0]
+        assert dict(asked) == value_of
+        assert len(asked) == 256
+
+
+def test_few_of_many_integers_are_drawn_without_favour():
+    drawn = distinct_integers(generator(5), 3000, 1024, 40)
+    assert all(len(set(row)) == 40 for row in drawn[:200].tolist())
+    counts = drawn.flatten().bincount(minlength=1024).float()
+    expected = 3000 * 40 / 1024
+    assert ((counts - expected).square() / expected).sum() < 1024 + 5 * (2 * 1024) ** 0.5
+    ends = (drawn[:, 0] < 512).float().mean(), (drawn[:, -1] < 512).float().mean()
+    assert all(abs(end - 0.5) < 4 * 0.5 / 3000**0.5 for end in ends)
 
 
 def batches(loader):

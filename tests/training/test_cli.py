@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ttr.cli import main
-from ttr.training import TokenPrediction
+from ttr.training import TokenPrediction, ValueRegression
 
 # Lightning 2.6 calls a method of jsonargparse's parser that later versions of jsonargparse rename.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 REPOSITORY = Path(__file__).parents[2]
-RECALL, TEXT = (REPOSITORY / "configs" / name for name in ("recall.yaml", "stdlib_text.yaml"))
+CONFIGS = REPOSITORY / "configs"
+RECALL, TEXT, REGRESSION = (CONFIGS / f"{name}.yaml" for name in ("recall", "stdlib_text", "linear_regression"))
 SMALL = {
     "--data.num_train": 3,
     "--data.num_val": 1,
@@ -105,7 +107,10 @@ def test_text_is_learnt_from_a_uniform_start(tmp_path):
         (RECALL, "--data.num_pairs", "99", "length: expected at least 3 * num_pairs = 297, got 32"),
         (RECALL, "--data.pairs", "4", "'pairs' is not accepted"),
         (RECALL, "--model.design", "nonsense", "design"),
-        (RECALL, "--model.depth", "3", "--model.depth"),
+        (RECALL, "--model.depth", "3", "'depth' is not accepted"),
+        (RECALL, "--model.vocab_size", "3", "model.vocab_size: expected nothing, it is the task's, got 3"),
+        (RECALL, "--data", "ttr.tasks.LinearRegression", "vocab_size: expected that of a task for TokenPrediction"),
+        (REGRESSION, "--data", "ttr.tasks.Memorization", "input_size: expected that of a task for ValueRegression"),
     ],
 )
 def test_a_mistake_is_one_message_and_no_traceback(monkeypatch, capsys, config, option, value, message):
@@ -116,6 +121,31 @@ def test_a_mistake_is_one_message_and_no_traceback(monkeypatch, capsys, config, 
     assert stopped.value.code == 2
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "config", [path for path in sorted(CONFIGS.glob("*.yaml")) if "trainer:" in path.read_text()], ids=lambda c: c.stem
+)
+def test_every_configuration_names_what_there_is(monkeypatch, capsys, config):
+    monkeypatch.setattr(sys, "argv", ["ttr", "fit", "--config", str(config), "--model.design", "gla", "--print_config"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    printed, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(config.read_text())
+    assert printed["model"]["class_path"] == written["model"].get("class_path", "ttr.training.TokenPrediction")
+    assert printed["model"]["init_args"]["design"] == "gla"
+    assert printed["data"]["init_args"].items() >= written["data"]["init_args"].items()
+
+
+def test_a_model_of_vectors_trains_resumes_and_is_read_back(tmp_path):
+    small = ("--model.class_path", "ttr.training.ValueRegression", "--model.conv_on", "")
+    metrics = ttr("fit", REGRESSION, tmp_path, *small, "--trainer.max_epochs", "1")
+    assert [int(row["step"]) for row in metrics if row["train_loss"]] == [0, 1, 2]
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    module = ValueRegression.load_from_checkpoint(checkpoint, weights_only=True)
+    assert (module.hparams["input_size"], module.hparams["output_size"]) == (9, 1)
+    (row,) = ttr("validate", REGRESSION, tmp_path / "again", *small, "--ckpt_path", str(checkpoint))
+    assert row["val_loss"] == metrics[-1]["val_loss"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--model.design", "longhorn"), ("--model.d_model", "32")])

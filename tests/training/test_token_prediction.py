@@ -43,7 +43,7 @@ def test_every_parameter_is_trained_and_only_weight_matrices_decay():
     weight_decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     by_name = {name: weight_decay[id(p)] for name, p in module.named_parameters()}
     assert by_name["model.embedding.weight"] == 0.3
-    assert by_name["model.norm.weight"] == 0.0
+    assert by_name["model.backbone.norm.weight"] == 0.0
     (rates,) = (name for name in by_name if name.endswith("log_rate"))
     assert module.get_parameter(rates).ndim > 1
     assert by_name[rates] == 0.0

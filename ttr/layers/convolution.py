@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    r"""A causal filter a channel, then SiLU.
+    r"""A causal filter a channel, then SiLU, unless `silu` is False.
 
     .. math:: y_{t} = \operatorname{SiLU}\Bigl(\sum_{j=0}^{w-1} c_j \odot x_{t-j}\Bigr)
 
@@ -16,11 +16,11 @@ class ShortConvolution(nn.Module):
     shift state-space model, Wang et al. (2025) by keys made of neighbouring tokens.
     """
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, silu: bool = True):
         super().__init__()
         if width < 1:
             raise ValueError(f"width: expected at least 1, got {width}")
-        self.width = width
+        self.width, self.silu = width, silu
         self.filter = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
 
     def forward(
@@ -33,4 +33,4 @@ class ShortConvolution(nn.Module):
             return x, past
         extended = torch.cat([past, x], dim=1)
         filtered = self.filter(extended.mT).mT
-        return nn.functional.silu(filtered), extended[:, x.shape[1] :]
+        return nn.functional.silu(filtered) if self.silu else filtered, extended[:, x.shape[1] :]

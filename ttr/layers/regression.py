@@ -55,11 +55,13 @@ class RegressionLayer(nn.Module):
         value_dim: size of a value in each head; d_model // num_heads by default.
         conv_width: taps of the short convolutions c.
         conv_on: which of "q", "k" and "v" have one, as "qkv" or "k"; "" for none.
+        conv_silu: whether a SiLU follows them; without one, keys and queries are linear in the tokens.
         max_step_size: what β reaches; 2 admits negative eigenvalues, and with them parity. Grazzi et al. (2024).
         gate: whether the answers are gated by SiLU(W_g x).
         unit: whether queries and keys are brought to unit length; a slug's own by default, else True.
         fixed: which of "q" and "k" are the same at every token, learned and without a convolution: a linear
             time-invariant layer. A slug's own by default, else "".
+        norm: whether the answers are brought to unit size by an RMS norm.
 
     Raises:
         ValueError: for an unknown slug, sizes that are not positive or do not divide, letters that name nothing.
@@ -75,10 +77,12 @@ class RegressionLayer(nn.Module):
         value_dim: int | None = None,
         conv_width: int = 4,
         conv_on: str = "qkv",
+        conv_silu: bool = True,
         max_step_size: float = 1.0,
         gate: bool = False,
         unit: bool | None = None,
         fixed: str | None = None,
+        norm: bool = True,
     ):
         super().__init__()
         self.design = atlas[design] if isinstance(design, str) else design
@@ -114,7 +118,7 @@ class RegressionLayer(nn.Module):
             {n: Constant(width) if n in fixed else nn.Linear(d_model, width, bias=False) for n, width in widths.items()}
         )
         convolved = [n for n in "qkv" if n in conv_on and n not in fixed]
-        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width) for n in convolved})
+        self.convolutions = nn.ModuleDict({n: ShortConvolution(widths[n], conv_width, conv_silu) for n in convolved})
         features = self.design.feature_map.size(key_dim)
         if "frequency" in self.design.inputs and features % 2:
             raise ValueError(f"key_dim: expected an even number for {self.design.weights}, got {key_dim}")
@@ -128,7 +132,7 @@ class RegressionLayer(nn.Module):
         # Unit vectors begin as far apart as random ones of length √d under 1/√d; vectors as they come, under 1/√d.
         log_temperature = torch.full((num_heads, 1), key_dim ** (0.5 if self.unit else -0.5)).log()
         self.log_temperature = nn.Parameter(log_temperature) if needs_temperature else None
-        self.norm = nn.RMSNorm(value_dim, eps=1e-5)
+        self.norm = nn.RMSNorm(value_dim, eps=1e-5) if norm else None
         self.gate = nn.Linear(d_model, num_heads * value_dim, bias=False) if gate else None
         self.output = nn.Linear(num_heads * value_dim, d_model, bias=False)
 
@@ -167,7 +171,8 @@ class RegressionLayer(nn.Module):
             length = self.design.feature_map(k).square().sum(-1)
             inputs["step_size"] = inputs["step_size"] / length.clamp_min(1)
         y, state = regress(self.design, q, k, v, state=cache.state, **inputs)
-        y = self.norm(y.to(self.norm.weight.dtype)).flatten(2)
+        y = y.to(self.output.weight.dtype)
+        y = (y if self.norm is None else self.norm(y)).flatten(2)
         if self.gate is not None:
             y = y * silu(self.gate(x))
         return self.output(y), Cache(state, past)

@@ -5,24 +5,28 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 Batch = tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]
+ValueBatch = tuple[Float[Tensor, "batch time input"], Float[Tensor, "batch time output"]]
 IGNORED = -100  # the target that torch's cross entropy skips
 
 _STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 class Task(LightningDataModule, ABC):
-    """Batches of (tokens, targets), drawn when they are asked for; the target −100 asks for nothing.
+    """Batches of (inputs, targets), drawn when they are asked for.
 
     An epoch is `num_train` batches that no epoch had before. Lightning tells the sampler which epoch it is:
     a run resumed at the end of an epoch sees what the uninterrupted run would have seen, and no two devices
     see the same batch.
+
+    A task of tokens has a `vocab_size`, and the target −100 where nothing is asked; a task of vectors has an
+    `input_size` and an `output_size`, and the target NaN where nothing is asked.
 
     Args:
         batch_size: sequences in a batch.
@@ -33,44 +37,42 @@ class Task(LightningDataModule, ABC):
     Raises ValueError for a count below one or a negative seed.
     """
 
-    vocab_size: int
-
-    def __init__(self, batch_size: int, num_train: int, num_val: int, seed: int):
+    def __init__(self, batch_size: int = 64, num_train: int = 100, num_val: int = 16, seed: int = 0):
         super().__init__()
         require_at_least(1, batch_size=batch_size, num_train=num_train, num_val=num_val)
         require_at_least(0, seed=seed)
         self.batch_size, self.num_train, self.num_val, self.seed = batch_size, num_train, num_val, seed
 
     @abstractmethod
-    def draw(self, split: str, index: int) -> Batch:
-        """The batch number `index` ≥ 0 of "train", "val" or "test"; two int64 tensors (batch, time)."""
+    def draw(self, split: str, index: int) -> Batch | ValueBatch:
+        """The batch number `index` ≥ 0 of "train", "val" or "test"."""
 
     def generator(self, split: str, index: int) -> torch.Generator:
         """The generator of one batch: independent streams for different (seed, split, index)."""
         sequence = np.random.SeedSequence(self.seed, spawn_key=(_STREAMS[split], index))
         return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch | ValueBatch]:
         devices, device = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = _Split(self, "train", self.num_train)
         sampler = _NewEveryEpoch(batches, num_replicas=devices, rank=device, shuffle=False)
         return DataLoader(batches, batch_size=None, sampler=sampler)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch | ValueBatch]:
         return DataLoader(_Split(self, "val", self.num_val), batch_size=None)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Batch | ValueBatch]:
         return DataLoader(_Split(self, "test", self.num_val), batch_size=None)
 
 
-class _Split(Dataset[Batch]):
+class _Split(Dataset[Batch | ValueBatch]):
     def __init__(self, task: Task, split: str, num_batches: int):
         self.task, self.split, self.num_batches = task, split, num_batches
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | ValueBatch:
         return self.task.draw(self.split, index)
 
 
