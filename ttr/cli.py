@@ -6,22 +6,55 @@ Everything that a run needs (arguments, checkpoints, resuming, loggers, precisio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ttr.training import Training
+from ttr.commands import COMMANDS, Formatter, add_commands, run_command
+from ttr.training.run import SIZES, TrainingRun
+
+DESCRIPTION = "Train, test and use sequence layers that are regressions at test time."
+
+EPILOG = """examples:
+  ttr fit --config configs/recall.yaml --model.design delta_net
+  ttr sweep --config configs/study.yaml
+  ttr atlas gated_delta_net
+  ttr fit --help                      everything that a run can be told
+  ttr --print_completion shtab-bash   completion; see below
+
+completion:
+  eval "$(ttr --print_completion shtab-bash)"               in ~/.bashrc; zsh, fish and tcsh likewise
+  eval "$(register-python-argcomplete ttr)"                 the same by argcomplete, slower and always up to date
+"""
+
+EXAMPLES = {
+    "fit": """examples:
+  ttr fit --config configs/recall.yaml --model.design delta_net
+  ttr fit --config configs/recall.yaml --ckpt_path last               goes on where the last run stopped
+  ttr fit --config configs/recall.yaml --print_config > mine.yaml     all settings, to be changed
+  ttr fit --config configs/stdlib_text.yaml --trainer.precision bf16-mixed --trainer.accumulate_grad_batches 4
+""",
+    "validate": """example:
+  ttr validate --config configs/recall.yaml --ckpt_path last
+""",
+    "test": """example:
+  ttr test --config configs/recall.yaml --ckpt_path last
+""",
+    "predict": """example, which writes inputs, targets and predictions to runs/recall/predictions.npz:
+  ttr predict --config configs/recall.yaml --ckpt_path last
+""",
+}
 
 
-class _CommandLine(LightningCLI):
-    """Puts all of a run under `trainer.default_root_dir`, and states a user's mistake in one line."""
+class _CommandLine(TrainingRun):
+    """Puts all of a run under `trainer.default_root_dir`, and adds the commands that are not Lightning's."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"model": {"class_path": "ttr.training.TokenPrediction"}})
-        for size in SIZES:
-            parser.link_arguments(f"data.{size}", f"model.init_args.{size}", apply_on="instantiate")
+        super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": "link"})
         # A fixed folder, so that `--ckpt_path last` finds what an earlier process left.
@@ -31,13 +64,16 @@ class _CommandLine(LightningCLI):
             compute_fn=lambda root: Path(root, "checkpoints"),
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        add_commands(parser._subcommands_action)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        if self.config.subcommand in COMMANDS:
+            run_command(parser, self.config.subcommand, config)
+            parser.exit()
         for name in SIZES:
             if (size := config.model.init_args.get(name)) is not None:
                 parser.error(f"model.{name}: expected nothing, it is the task's, got {size!r}")
@@ -55,15 +91,6 @@ class _CommandLine(LightningCLI):
             if isinstance(value, (str, int, float)) and name in saved and name in SHAPING and saved[name] != value:
                 parser.error(f"model.{name}: expected {saved[name]!r}, that of {path}, got {value!r}")
 
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException = error
-            while cause.__cause__:  # jsonargparse wraps what a constructor raised
-                cause = cause.__cause__
-            self.parser.error(str(cause), error)
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger is None:
@@ -71,9 +98,18 @@ class _CommandLine(LightningCLI):
             kwargs["logger"] = [CSVLogger(root, name="csv"), TensorBoardLogger(root, name="tensorboard")]
         return super().instantiate_trainer(**kwargs)
 
+    def after_predict(self) -> None:
+        """Keep what Lightning only returns: predictions of all batches, end to end, as arrays by name."""
+        batches: Any = self.trainer.predict_loop.predictions
+        if not batches:  # --return_predictions false
+            return
+        rank = f".{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.default_root_dir, f"predictions{rank}.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]}
+        np.savez(path, **arrays)
+        print(path)
 
-# What a model takes from its task.
-SIZES = {"vocab_size", "input_size", "output_size"}
 
 # What a checkpoint's weights were trained as: to go on as something else would be a mistake, not a change of mind.
 SHAPING = {
@@ -94,19 +130,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `ttr fit`, `ttr validate` or `ttr test`.
+    """Run `ttr fit`, `validate`, `test` or `predict`, or one of `ttr.commands`.
 
-    Raises SystemExit with code 2 and one line on standard error for an argument that cannot be.
+    Raises SystemExit with code 2 and one line on standard error for an argument that cannot be, and with code 0 after
+    a command that is not Lightning's.
     """
+    set_parsing_settings(add_print_completion_argument=True)
     _CommandLine(
-        Training,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
         trainer_defaults={"default_root_dir": "runs"},
-        parser_kwargs={"prog": "ttr"},
-        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "ttr", "description": DESCRIPTION, "epilog": EPILOG, "formatter_class": Formatter}
+        | {name: {"epilog": examples, "formatter_class": Formatter} for name, examples in EXAMPLES.items()},
         args=args,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -59,18 +60,38 @@ class RegressionLM(nn.Module):
         temperature 0 takes the likeliest token; top_k keeps the k likeliest. Raises `ValueError` for an empty prompt,
         a negative temperature or top_k < 1.
         """
+        sampled = self.stream(prompt, temperature=temperature, top_k=top_k, generator=generator)
+        return torch.cat([prompt, *islice(sampled, max_new_tokens)], dim=1)
+
+    def stream(
+        self,
+        prompt: Int[Tensor, "batch time"],
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, "batch 1"]]:
+        """What `generate` samples, a token at a time and without end; beside the caches it holds one token.
+
+        Caches do not grow for designs with a state of fixed size. Raises as `generate`.
+        """
         if prompt.shape[1] == 0:
             raise ValueError("prompt: expected at least one token, got none")
         if temperature < 0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {top_k}")
-        tokens, caches, new = [prompt], None, prompt
-        for _ in range(max_new_tokens):
+        return self._stream(prompt, temperature, top_k, generator)
+
+    @torch.no_grad()
+    def _stream(
+        self, new: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        caches: list[Cache] | None = None
+        while True:
             logits, caches = self.extend(new, caches)
             new = _sample(logits[:, -1].float(), temperature, top_k, generator)
-            tokens.append(new)
-        return torch.cat(tokens, dim=1)
+            yield new
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -64,6 +64,9 @@ class Task(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch | ValueBatch]:
         return DataLoader(_Split(self, "test", self.num_val), batch_size=None)
 
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
 
 class _Split(Dataset[Batch | ValueBatch]):
     def __init__(self, task: Task, split: str, num_batches: int):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ttr.models import RegressionAutoencoder, RegressionLM
@@ -23,6 +23,9 @@ class TokenPrediction(Training):
 
     def make_model(self, vocab_size: int, **model: Any) -> nn.Module:
         return RegressionLM(vocab_size, **model)
+
+    def answer(self, outputs: Float[Tensor, "batch time vocab"]) -> Int[Tensor, "batch time"]:
+        return outputs.argmax(-1)
 
     def measure(
         self, batch: tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]

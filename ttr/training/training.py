@@ -80,6 +80,15 @@ class Training(LightningModule, ABC):
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self._step(batch, "test")
 
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The batch, and the answers beside it."""
+        inputs, targets = batch
+        return {"inputs": inputs, "targets": targets, "predictions": self.answer(self(inputs))}
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """What is predicted: the model's outputs themselves where they are values."""
+        return outputs
+
     def _step(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
         measured, answers = self.measure(batch)
         metrics = {f"{split}_{name}": value for name, value in measured.items()}
