@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttr.commands import COMMANDS, Formatter, add_commands, run_command
+from ttr.training.checkpoints import Finite, WholeCheckpointIO, newest_checkpoint, read_checkpoint
 from ttr.training.run import SIZES, TrainingRun
 
 DESCRIPTION = "Train, test and use sequence layers that are regressions at test time."
@@ -56,7 +59,8 @@ class _CommandLine(TrainingRun):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": "link"})
+        # One folder is one run: a resumed one writes to the same names, so that last.ckpt never is an older one's.
+        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
         # A fixed folder, so that `--ckpt_path last` finds what an earlier process left.
         parser.link_arguments(
             "trainer.default_root_dir",
@@ -82,21 +86,46 @@ class _CommandLine(TrainingRun):
             return
         if path == "last":
             path = Path(config.checkpoint.dirpath, "last.ckpt")
-        checkpoint = _read_checkpoint(Path(path))
+            # The link dangles between the removal of what it pointed to and its own renewal.
+            if not path.exists() and (newest := newest_checkpoint(path.parent)):
+                path = newest
+            config.ckpt_path = str(path)
+        checkpoint = read_checkpoint(Path(path))
         if checkpoint is None:
             missing = "" if Path(path).exists() else ", which does not exist"
-            parser.error(f"ckpt_path: expected a Lightning checkpoint, got {str(path)!r}{missing}")
+            newest = newest_checkpoint(Path(path).parent)
+            instead = f"; the newest that is whole is {str(newest)!r}" if newest else ""
+            parser.error(f"ckpt_path: expected a Lightning checkpoint, got {str(path)!r}{missing}{instead}")
         saved = checkpoint.get("hyper_parameters", {})
         for name, value in config.model.init_args.items() if self.config.subcommand == "fit" else ():
-            if isinstance(value, (str, int, float)) and name in saved and name in SHAPING and saved[name] != value:
+            plain = all(isinstance(part, (str, int, float)) for part in (value if isinstance(value, list) else [value]))
+            if plain and name in saved and name in SHAPING and saved[name] != value:
                 parser.error(f"model.{name}: expected {saved[name]!r}, that of {path}, got {value!r}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger is None:
             root = trainer.default_root_dir
-            kwargs["logger"] = [CSVLogger(root, name="csv"), TensorBoardLogger(root, name="tensorboard")]
-        return super().instantiate_trainer(**kwargs)
+            # Every row at once: what a killed process has logged is part of its curve.
+            table = CSVLogger(root, name="csv", flush_logs_every_n_steps=trainer.log_every_n_steps or 1)
+            kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]
+        made = super().instantiate_trainer(**kwargs)
+        # Sharded checkpoints are folders, which their strategies write and complete themselves.
+        if (
+            not isinstance(made.strategy, ModelParallelStrategy)
+            and type(made.strategy.checkpoint_io) is TorchCheckpointIO
+        ):
+            made.strategy.checkpoint_io = WholeCheckpointIO()
+        return made
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (OSError, FloatingPointError) as error:  # the machine's faults, and numbers that are none
+            root = Path(self.trainer.default_root_dir, "checkpoints")
+            newest = newest_checkpoint(root) if subcommand == "fit" else None
+            kept = f"; the last checkpoint is {str(newest)!r}" if newest else ""
+            self.parser.exit(1, f"error: {error}{kept}\n")
 
     def after_predict(self) -> None:
         """Keep what Lightning only returns: predictions of all batches, end to end, as arrays by name."""
@@ -118,17 +147,6 @@ SHAPING = {
 }
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint without its weights' data; None for anything else."""
-    if path.is_dir():  # a sharded one
-        return {} if (path / ".metadata").exists() else None
-    try:
-        checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        return checkpoint if {"state_dict", "pytorch-lightning_version"} <= set(checkpoint) else None
-    except Exception:  # a missing file, or any other: torch has no error of its own for what it cannot read
-        return None
-
-
 def main(args: ArgsType = None) -> None:
     """Run `ttr fit`, `validate`, `test` or `predict`, or one of `ttr.commands`.
 
@@ -137,7 +155,7 @@ def main(args: ArgsType = None) -> None:
     """
     set_parsing_settings(add_print_completion_argument=True)
     _CommandLine(
-        trainer_defaults={"default_root_dir": "runs"},
+        trainer_defaults={"default_root_dir": "runs", "callbacks": [Finite()]},
         parser_kwargs={"prog": "ttr", "description": DESCRIPTION, "epilog": EPILOG, "formatter_class": Formatter}
         | {name: {"epilog": examples, "formatter_class": Formatter} for name, examples in EXAMPLES.items()},
         args=args,

@@ -62,7 +62,10 @@ def test_the_future_does_not_leak() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: small(design=["delta_net"]), "design: expected one, or a list of num_layers=2, got 1"),
+        (
+            lambda: small(design=["delta_net"] * 3),
+            "design: expected one, or a list whose length divides num_layers=2, got 3",
+        ),
         (lambda: small().generate(PROMPT[:, :0], 1), "prompt: expected at least one token"),
         (lambda: small().generate(PROMPT, 1, temperature=-1.0), "temperature: expected at least 0, got -1.0"),
         (lambda: small().generate(PROMPT, 1, top_k=0), "top_k: expected at least 1, got 0"),

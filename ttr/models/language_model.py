@@ -36,7 +36,7 @@ class RegressionLM(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Logits of every next token."""
-        return self.extend(tokens)[0]
+        return self.head(self.backbone(self.embedding(tokens)))
 
     def extend(
         self, tokens: Int[Tensor, "batch time"], caches: Sequence[Cache | None] | None = None

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -21,9 +23,9 @@ _STREAMS = {"train": 0, "val": 1, "test": 2}
 class Task(LightningDataModule, ABC):
     """Batches of (inputs, targets), drawn when they are asked for.
 
-    An epoch is `num_train` batches that no epoch had before. Lightning tells the sampler which epoch it is:
-    a run resumed at the end of an epoch sees what the uninterrupted run would have seen, and no two devices
-    see the same batch.
+    An epoch is `num_train` batches that no epoch had before. Lightning tells the sampler which epoch it is and
+    how many of its batches were trained on: a resumed run sees what the uninterrupted run would have seen, and
+    no two devices see the same batch.
 
     A task of tokens has a `vocab_size`, and the target −100 where nothing is asked; a task of vectors has an
     `input_size` and an `output_size`, and the target NaN where nothing is asked.
@@ -56,7 +58,8 @@ class Task(LightningDataModule, ABC):
         devices, device = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = _Split(self, "train", self.num_train)
         sampler = _NewEveryEpoch(batches, num_replicas=devices, rank=device, shuffle=False)
-        return DataLoader(batches, batch_size=None, sampler=sampler)
+        sampler.trainer = self.trainer
+        return _ResumableLoader(batches, batch_size=None, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Batch | ValueBatch]:
         return DataLoader(_Split(self, "val", self.num_val), batch_size=None)
@@ -79,12 +82,25 @@ class _Split(Dataset[Batch | ValueBatch]):
         return self.task.draw(self.split, index)
 
 
+class _ResumableLoader(DataLoader[Batch | ValueBatch]):
+    """Tells Lightning, which asks for a state, that an epoch can be resumed: the position is the trainer's own count."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 class _NewEveryEpoch(DistributedSampler[int]):
-    """Epoch e of n batches is e·n … e·n + n − 1, dealt out over the devices."""
+    """Epoch e of n batches is e·n … e·n + n − 1, dealt out over the devices; what a resumed run has seen is left out."""
+
+    trainer: Trainer | None = None
 
     def __iter__(self) -> Iterator[int]:
-        # A generator, so that the epoch is read with the first batch: Lightning sets it after calling iter().
-        for index in super().__iter__():
+        # A generator, so that all is read with the first batch: Lightning sets it after calling iter().
+        seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+        for index in islice(super().__iter__(), seen, None):
             yield self.epoch * len(self.dataset) + index  # type: ignore[arg-type]
 
 

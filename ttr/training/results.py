@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ttr.training.files import write_whole
 
 AXES = ("task", "design", "learning_rate", "seed")
 
@@ -40,7 +40,7 @@ class Results:
     def prepare(self) -> None:
         """Make the folder and write to it. Raises `OSError` if that cannot be."""
         self._runs.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._runs / "writable", b"yes")
+        write_whole(self._runs / "writable", b"yes")
         (self._runs / "writable").unlink()
 
     def __contains__(self, key: str) -> bool:
@@ -48,7 +48,7 @@ class Results:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep the record of a run; one of the same hash gives way to it."""
-        _write_whole(self._runs / f"{record['hash']}.json", json.dumps(record).encode())
+        write_whole(self._runs / f"{record['hash']}.json", json.dumps(record).encode())
 
     def read(self) -> dict[str, dict[str, Any]]:
         """All records by hash. Raises `ValueError` for a file that somebody else has changed."""
@@ -101,24 +101,5 @@ class Results:
         columns = {name: pa.array([row.get(name) for row in plain], kind) for name, kind in types.items()}
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
-        _write_whole(self.table, sink.getvalue().to_pybytes())
+        write_whole(self.table, sink.getvalue().to_pybytes())
         return self.table
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # A name of its own for each writer; the leading dot and the ending keep it from every reader.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming, too
-    finally:
-        os.close(folder)

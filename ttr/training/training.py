@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ttr import _choices
 from ttr._design import Design
+from ttr.models.backbone import Block
 
 # torch reads no class from a checkpoint that it has not been told of; a design is data and nothing else.
 torch.serialization.add_safe_globals(
@@ -39,9 +42,13 @@ class Training(LightningModule, ABC):
         betas: decay rates of AdamW's two moments.
         warmup_steps: optimizer steps of linear warm-up.
         schedule: what follows the warm-up.
+        compile: whether torch.compile compiles the blocks, or the name of its backend; true is "inductor".
         **model: the arguments of `make_model`.
 
-    Raises ValueError for a cosine over a run without an end.
+    On several processes the gradient is that of their joined batch, however many answers each is asked for. Gradient
+    accumulation averages means over batches: the same where all batches ask for as many, as those of most tasks do.
+
+    Raises ValueError for a cosine over a run without an end, and for tensor parallelism.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Training(LightningModule, ABC):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 50,
         schedule: Literal["constant", "cosine"] = "cosine",
+        compile: bool | str = False,
         **model: Any,
     ):
         super().__init__()
@@ -59,6 +67,25 @@ class Training(LightningModule, ABC):
             if self.hparams.get(name, 0) is None:  # the command line links to it, and the task does not have it
                 raise ValueError(f"{name}: expected that of a task for {type(self).__name__}, got a task without")
         self.model = self.make_model(**model)
+        if compile:
+            for block in self._blocks():
+                block.compile(backend="inductor" if compile is True else compile)
+
+    def _blocks(self) -> list[Block]:
+        return [module for module in self.model.modules() if isinstance(module, Block)]
+
+    def configure_model(self) -> None:
+        """Shard the model where Lightning's ModelParallelStrategy asks for it; of one block at a time all is at hand."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        if (size := mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"tensor_parallel_size: expected 1, for all processes to be data_parallel_size, got {size}"
+            )
+        for block in self._blocks():
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     @abstractmethod
     def make_model(self, *sizes: Any, **model: Any) -> nn.Module:
@@ -93,7 +120,7 @@ class Training(LightningModule, ABC):
         measured, answers = self.measure(batch)
         metrics = {f"{split}_{name}": value for name, value in measured.items()}
         self.log_dict(metrics, prog_bar=True, batch_size=answers, sync_dist=split != "train")
-        return measured["loss"]
+        return measured["loss"] * _weight(answers, measured["loss"]) if split == "train" else measured["loss"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
@@ -117,14 +144,21 @@ class Training(LightningModule, ABC):
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, last - warmup))))
 
 
+def _weight(answers: int, like: Tensor) -> Tensor | int:
+    """What makes the processes' mean of their means the mean over all answers: answers / mean answers of a process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    total = like.new_tensor(answers, dtype=torch.float32)
+    dist.all_reduce(total)
+    return answers * dist.get_world_size() / total
+
+
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight matrices decay; scales, offsets, rates and temperatures have a meaning that is not zero."""
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return name.endswith("weight") and parameter.ndim > 1
-
-    named = list(model.named_parameters())
+    # By their modules, and not by their shape: sharded parameters can be flat.
+    decaying = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv1d))}
+    parameters = list(model.parameters())
     return [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
