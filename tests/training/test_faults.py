@@ -1,4 +1,4 @@
-"""What a run survives: kills, full disks, folders it may not write to, damaged checkpoints and losses that are no number.
+"""What a run survives: kills, full disks, folders without access, damaged checkpoints, losses that are no number.
 
 Every test runs real processes.
 """
@@ -44,9 +44,9 @@ cli.main()
 
 def start(root: Path, *arguments: str, program: tuple[str, ...] = ("-m", "ttr.cli"), limit: int | None = None, **env):
     small = [str(part) for option in SMALL.items() for part in option]
+    command = [sys.executable, *program, "fit", "--config", str(CONFIG), *small]
     return subprocess.Popen(
-        [sys.executable, *program, "fit", "--config", str(CONFIG), *small, "--trainer.default_root_dir", str(root)]
-        + [*arguments],
+        [*command, "--trainer.default_root_dir", str(root), *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdout=subprocess.DEVNULL,

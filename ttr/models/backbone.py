@@ -75,8 +75,8 @@ class Backbone(nn.Module):
         fixed: which of "q" and "k" are the same at every token; as published by default.
         norm: whether there are norms at all, the memories' own included; without them an answer keeps its size, so
             that one layer can be the regression itself.
-        checkpoint_activations: whether a block keeps its input only and is computed again in the backward pass: the same numbers
-            and gradients, in less memory and some 4/3 of the time. Chen et al., arXiv 1604.06174.
+        checkpoint_activations: whether a block keeps its input only and is computed again in the backward pass: the
+            same numbers and gradients, in less memory and some 4/3 of the time. Chen et al., arXiv 1604.06174.
 
     Raises:
         ValueError: for an unknown slug, or a list of designs whose length does not divide num_layers.
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         """The blocks on a stretch that goes on from their caches, and the caches after it."""
         kept = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, cache = block.extend(x, cache)
+            x, cache = block.extend(x, cache)  # type: ignore[operator]
             kept.append(cache)
         return self.norm(x), kept
 

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -140,6 +139,7 @@ class ChunkDecay:
 
     def __init__(self, log_decay: Tensor | None):
         self.none = log_decay is None
+        self._matrix: Tensor | None = None
         if log_decay is None:
             return
         self.dtype, self.per_channel = log_decay.dtype, log_decay.ndim == 5
@@ -174,10 +174,13 @@ class ChunkDecay:
             products = join(products, later @ earlier.mT)
         return products.squeeze(-3)
 
-    @cached_property
+    @property
     def matrix(self) -> Tensor:
-        """D_tj = exp(c_t − c_j) for j ≤ t, else 0; of a decay per head."""
-        return _Differences.apply(self.cumulative, self.dtype)
+        """D_tj = exp(c_t − c_j) for j ≤ t, else 0; of a decay per head. Made where it is asked for, and once."""
+        # functools.cached_property has a lock in Python 3.11, and torch.compile traces none.
+        if self._matrix is None:
+            self._matrix = _Differences.apply(self.cumulative, self.dtype)
+        return self._matrix
 
     def over_chunks(self, chunks: int, dtype: torch.dtype) -> Sequence[Tensor | float]:
         """exp(c_end) of each chunk, shaped to scale a state."""

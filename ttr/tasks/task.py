@@ -83,7 +83,7 @@ class _Split(Dataset[Batch | ValueBatch]):
 
 
 class _ResumableLoader(DataLoader[Batch | ValueBatch]):
-    """Tells Lightning, which asks for a state, that an epoch can be resumed: the position is the trainer's own count."""
+    """Tells Lightning, which asks for a state, that an epoch can be resumed: the position is the trainer's count."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -93,7 +93,7 @@ class _ResumableLoader(DataLoader[Batch | ValueBatch]):
 
 
 class _NewEveryEpoch(DistributedSampler[int]):
-    """Epoch e of n batches is e·n … e·n + n − 1, dealt out over the devices; what a resumed run has seen is left out."""
+    """Epoch e of n batches is e·n … e·n + n − 1, dealt out over the devices, without what a resumed run has seen."""
 
     trainer: Trainer | None = None
 

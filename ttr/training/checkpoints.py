@@ -49,7 +49,7 @@ class Finite(Callback):
         loss = outputs["loss"].detach()
         wrong = ~loss.isfinite() & (self._first < 0)
         self._first = torch.where(wrong, torch.full_like(self._first, trainer.global_step), self._first)
-        if loss.device.type == "cpu" or (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:
+        if loss.device.type == "cpu" or (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             self._check()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:

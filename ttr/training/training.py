@@ -75,7 +75,7 @@ class Training(LightningModule, ABC):
         return [module for module in self.model.modules() if isinstance(module, Block)]
 
     def configure_model(self) -> None:
-        """Shard the model where Lightning's ModelParallelStrategy asks for it; of one block at a time all is at hand."""
+        """Shard the model where Lightning's ModelParallelStrategy asks for it; one block at a time is whole."""
         mesh = self.device_mesh
         if mesh is None or isinstance(self.model, FSDPModule):
             return
