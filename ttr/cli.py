@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ttr.commands import COMMANDS, Formatter, add_commands, run_command
 from ttr.training.checkpoints import Finite, WholeCheckpointIO, newest_checkpoint, read_checkpoint
@@ -110,11 +109,7 @@ class _CommandLine(TrainingRun):
             table = CSVLogger(root, name="csv", flush_logs_every_n_steps=trainer.log_every_n_steps or 1)
             kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]
         made = super().instantiate_trainer(**kwargs)
-        # Sharded checkpoints are folders, which their strategies write and complete themselves.
-        if (
-            not isinstance(made.strategy, ModelParallelStrategy)
-            and type(made.strategy.checkpoint_io) is TorchCheckpointIO
-        ):
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin of the user's
             made.strategy.checkpoint_io = WholeCheckpointIO()
         return made
 

@@ -49,7 +49,8 @@ class Finite(Callback):
         loss = outputs["loss"].detach()
         wrong = ~loss.isfinite() & (self._first < 0)
         self._first = torch.where(wrong, torch.full_like(self._first, trainer.global_step), self._first)
-        if loss.device.type == "cpu" or (batch_idx + 1) % (trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
+        if loss.device.type == "cpu" or (batch_idx + 1) % every == 0:
             self._check()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -74,11 +75,14 @@ def _local(parameter: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint without its weights' data; None for anything else."""
-    if path.is_dir():  # a sharded one
-        return {} if (path / ".metadata").exists() else None
+    sharded = path.is_dir()
+    if sharded and not (path / ".metadata").exists():
+        return None
+    expected = {"pytorch-lightning_version"} if sharded else {"pytorch-lightning_version", "state_dict"}
     try:
-        checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        return checkpoint if {"state_dict", "pytorch-lightning_version"} <= set(checkpoint) else None
+        file = path / "meta.pt" if sharded else path
+        checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        return checkpoint if expected <= set(checkpoint) else None
     except Exception:  # a missing file, or any other: torch has no error of its own for what it cannot read
         return None
 

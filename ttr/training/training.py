@@ -75,14 +75,12 @@ class Training(LightningModule, ABC):
         return [module for module in self.model.modules() if isinstance(module, Block)]
 
     def configure_model(self) -> None:
-        """Shard the model where Lightning's ModelParallelStrategy asks for it; one block at a time is whole."""
+        """Shard the model where Lightning's ModelParallelStrategy asks for it; one block at a time is gathered."""
         mesh = self.device_mesh
         if mesh is None or isinstance(self.model, FSDPModule):
             return
         if (size := mesh["tensor_parallel"].size()) > 1:
-            raise ValueError(
-                f"tensor_parallel_size: expected 1, for all processes to be data_parallel_size, got {size}"
-            )
+            raise ValueError(f"tensor_parallel_size: expected 1, and all processes data-parallel, got {size}")
         for block in self._blocks():
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
