@@ -161,8 +161,8 @@ def compiled(wanted: list[Variant], jobs: int = 2) -> dict[str, Row]:
                     known[one.digest] = row
                 if count % 20 == 0 or count == len(missing):
                     print(f"compiled {count} of {len(missing)}", file=sys.stderr, flush=True)
-        CACHE.parent.mkdir(exist_ok=True)
-        CACHE.write_text(json.dumps(known))
+                    CACHE.parent.mkdir(exist_ok=True)
+                    CACHE.write_text(json.dumps(known))
     if failed:
         raise SystemExit("\n\n".join(["kernels that do not compile:", *failed]))
     return {variant.digest: known[variant.digest] for variant in wanted}
