@@ -147,7 +147,7 @@ def row(
     shape: Shape,
     direction: Direction,
     launches: list[Launch],
-    budgets: dict[Any, Record],
+    budgets: dict[tuple[str, str, str, str], Record],
     peaks: roofline.Peaks,
 ) -> Record:
     """The estimate of an op in one direction: the sum over its launches."""
@@ -155,7 +155,7 @@ def row(
     kernels: dict[str, Record] = {}
     for launch in chosen:
         size = f"bf16 D={shape.dim}"
-        known = (budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward"))
+        known = [budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward")]
         resident = max(1, min((budget["programs"] for budget in known if budget), default=1))
         bounds = seconds(launch, resident, peaks)
         kernel = kernels.setdefault(launch.kernel, {"launches": 0, "seconds": 0.0, "bound": "", "resident": resident})

@@ -42,6 +42,7 @@ PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
 Row = dict[str, Any]
 Group = tuple[str, str, str, str]  # kernel, target, size, direction
 MEASURED = "1"  # changes with what a row says
+TENSOR_MEMORY = 512  # columns, on sm_100
 
 
 class Multiprocessor(NamedTuple):
@@ -73,6 +74,8 @@ def programs_at_once(target: str, registers: int, shared: int, warps: int) -> in
 def measure(launch: Launch, target: str) -> Row:
     """Registers a thread, bytes of them spilled, bytes of shared memory, matrix instructions."""
     compiled = triton.compile(launch.source, target=TARGETS[target], options=launch.options.__dict__)
+    if (tensor_memory := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:  # becomes an empty kernel
+        raise ValueError(f"{tensor_memory} columns of tensor memory, of which there are {TENSOR_MEMORY}")
     row = in_amdgcn(compiled.asm["amdgcn"]) if target.startswith("gfx") else in_cubin(compiled.asm["cubin"])
     instructions = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     row |= {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
@@ -153,6 +156,7 @@ def compiled(wanted: list[Variant], jobs: int = 2) -> dict[str, Row]:
         missing.sort(key=lambda variant: (variant.launch.forward, variant.size != "bf16 D=128"))
         global _missing
         _missing = missing
+        CACHE.parent.mkdir(exist_ok=True)
         with multiprocessing.get_context("fork").Pool(jobs) as pool:
             for count, (one, row) in enumerate(zip(missing, pool.imap(_measure, range(len(missing))), strict=True), 1):
                 if isinstance(row, str):
@@ -161,7 +165,6 @@ def compiled(wanted: list[Variant], jobs: int = 2) -> dict[str, Row]:
                     known[one.digest] = row
                 if count % 20 == 0 or count == len(missing):
                     print(f"compiled {count} of {len(missing)}", file=sys.stderr, flush=True)
-                    CACHE.parent.mkdir(exist_ok=True)
                     CACHE.write_text(json.dumps(known))
     if failed:
         raise SystemExit("\n\n".join(["kernels that do not compile:", *failed]))
