@@ -208,7 +208,7 @@ def worst(group: list[Variant], rows: dict[str, Row]) -> Row:
 
 
 def text(rows: dict[Group, Row]) -> str:
-    line = "{:<26}{:<8}{:<12}{:<10}{:>8}{:>11}{:>9}{:>8}{:>7}{:>10}  {}"
+    line = "{:<29}{:<8}{:<12}{:<10}{:>8}{:>11}{:>9}{:>8}{:>7}{:>10}  {}"
     columns = ("variants", "registers", "spilled", "shared", "warps", "programs")
     lines = [line.format("kernel", "target", "size", "direction", *columns, "matrix instructions")]
     lines += [
