@@ -96,7 +96,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
     "sizes",
     [
         {"time": 150, "batch": 1, "heads": 2, "key": 20, "value": 40},
-        {"time": 64, "batch": 2, "heads": 1, "key": 33, "value": 16},
+        {"time": 64, "batch": 2, "heads": 1, "key": 31, "value": 16},
         {"time": 9, "batch": 1, "heads": 1, "key": 5, "value": 3},
     ],
     ids=str,
@@ -314,6 +314,12 @@ def test_bad_input_is_named(change: Inputs, message: str) -> None:
     inputs = {name: x.to(DEVICE) if x.device.type == "cpu" else x for name, x in inputs.items()}
     with pytest.raises(ValueError, match=message):
         ttr_kernels.linear_attention(**inputs)
+
+
+def test_momentum_says_which_keys_are_too_large() -> None:
+    inputs = draw("momentum_delta_rule", "none", 2, key=33)
+    with pytest.raises(ValueError, match=r"key: expected a head size from 1 to 32 in torch.float32, got 33"):
+        ttr_kernels.momentum_delta_rule(**inputs)
 
 
 def test_packed_sequences_stand_in_a_batch_of_one() -> None:
