@@ -7,6 +7,7 @@ absent tensors) and launches nothing, so that outputs stay uninitialised.
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def call(case: Case, inputs: dict[str, Any]) -> None:
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
-    with recorded(target) as launches:
+    with recorded(target) as launches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of solvers, about numbers that nothing computed
         call(case, case.inputs(dtype, size))
     return launches
