@@ -46,6 +46,23 @@ def from_data(data: object) -> Design:
     return Design(**{axis: _from_plain(value, axis) for axis, value in data.items()})
 
 
+def designs_to_data(designs: object) -> Any:
+    """As data what a model takes for its designs: one for all blocks or a list of them, each a `Design` or a slug.
+
+    A slug stays one: it brings options of the layer that were published with it. Raises as `to_data`.
+    """
+    if isinstance(designs, (list, tuple)):
+        return [designs_to_data(design) for design in designs]
+    return designs if isinstance(designs, str) else to_data(from_data(designs))
+
+
+def designs_from_data(data: object) -> Any:
+    """What `designs_to_data` was given. Raises as `from_data`."""
+    if isinstance(data, (list, tuple)):
+        return [designs_from_data(design) for design in data]
+    return data if isinstance(data, str) else from_data(data)
+
+
 def _choice_to_data(choice: Choice) -> dict[str, Any]:
     name = type(choice).__name__
     if _CHOICES.get(name) is not type(choice):

@@ -38,8 +38,9 @@ EXAMPLES = {
   ttr generate --ckpt_path runs/stdlib_text/checkpoints/last.ckpt --prompt 'def '
   ttr generate --ckpt_path exported --prompt 'import ' --max_new_tokens 2000 --temperature 0.7 --seed 1
 """,
-    "export": """example:
+    "export": """examples:
   ttr export --ckpt_path runs/stdlib_text/checkpoints/last.ckpt --folder exported
+  ttr export --ckpt_path runs/stdlib_text/checkpoints/last.ckpt --folder exported --transformers true
 """,
 }
 
@@ -157,14 +158,15 @@ def _tokens(prompt: str, vocab_size: int) -> list[int]:
     return tokens
 
 
-def export_model(ckpt_path: Path, folder: Path) -> None:
+def export_model(ckpt_path: Path, folder: Path, transformers: bool = False) -> None:
     """Write a trained model as safetensors and JSON, for `ttr.training.load_exported`.
 
     Args:
         ckpt_path: a checkpoint of `ttr fit`.
         folder: where the two files go.
+        transformers: write them for transformers' AutoModelForCausalLM instead.
     """
-    export(ckpt_path, folder)
+    export(ckpt_path, folder, transformers)
     print(folder)
 
 

@@ -25,6 +25,33 @@ def test_blocks_may_differ() -> None:
     assert model(PROMPT).shape == (2, 5, 11)
 
 
+def test_a_list_of_designs_repeats() -> None:
+    model = small(design=["delta_net", "softmax_attention"], num_layers=4)
+    names = [block.mixer.design.name for block in model.backbone.blocks]
+    assert names == ["DeltaNet", "Softmax attention"] * 2
+
+
+@pytest.mark.parametrize("design", ["gated_delta_net", "mesa_net", "ttt_mlp", "softmax_attention", "kda"])
+def test_checkpointed_blocks_keep_less_and_have_the_same_gradients(design: str) -> None:
+    def trained(checkpoint_activations: bool) -> tuple[int, list[torch.Tensor]]:
+        model = small(design=design, d_model=32, num_layers=4, checkpoint_activations=checkpoint_activations)
+        kept = 0
+
+        def count(x: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = model(PROMPT.repeat(1, 6)).logsumexp(-1).sum()
+        loss.backward()
+        return kept, [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    (much, expected), (little, got) = trained(False), trained(True)
+    assert all(x.equal(y) for x, y in zip(got, expected, strict=True))
+    assert little < much / 5
+
+
 def test_greedy_generation_equals_the_whole_sequence_form() -> None:
     model = small()
     generated = model.generate(PROMPT, 6, temperature=0.0)

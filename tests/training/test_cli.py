@@ -137,6 +137,21 @@ def test_every_configuration_names_what_there_is(monkeypatch, capsys, config):
     assert printed["data"]["init_args"].items() >= written["data"]["init_args"].items()
 
 
+def test_a_hybrid_in_fewer_bits_and_less_memory_trains_and_cannot_go_on_as_another(tmp_path, capsys, monkeypatch):
+    hybrid = ("--model.design", "[delta_net, softmax_attention]", "--model.num_layers", "4", "--model.mlp_ratio", "1")
+    frugal = ("--model.checkpoint_activations", "true", "--trainer.precision", "bf16-mixed")
+    accumulated = ("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "1")
+    metrics = ttr("fit", RECALL, tmp_path, *hybrid, *frugal, *accumulated)
+    assert [int(row["step"]) for row in metrics if row["val_loss"]] == [1]
+    weights = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    other = ("--model.design", "[delta_net, longhorn]", "--model.num_layers", "4", "--model.mlp_ratio", "1")
+    monkeypatch.setattr(sys, "argv", ["ttr"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(RECALL), *other, "--ckpt_path", str(tmp_path / "checkpoints" / "last.ckpt")])
+    assert "model.design: expected ['delta_net', 'softmax_attention'], that of" in capsys.readouterr().err
+
+
 def test_a_model_of_vectors_trains_resumes_and_is_read_back(tmp_path):
     small = ("--model.class_path", "ttr.training.ValueRegression", "--model.conv_on", "")
     metrics = ttr("fit", REGRESSION, tmp_path, *small, "--trainer.max_epochs", "1")
@@ -149,7 +164,8 @@ def test_a_model_of_vectors_trains_resumes_and_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value"), [("--model.design", "longhorn"), ("--model.d_model", "32")])
-def test_another_model_does_not_go_on_from_a_checkpoint(whole, capsys, option, value):
+def test_another_model_does_not_go_on_from_a_checkpoint(whole, capsys, monkeypatch, option, value):
+    monkeypatch.setattr(sys, "argv", ["ttr"])
     checkpoint = whole[0] / "checkpoints" / "last.ckpt"
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", str(RECALL), option, value, "--ckpt_path", str(checkpoint)])

@@ -49,6 +49,15 @@ def test_the_exported_model_gives_the_same_numbers(exported, tmp_path):
     )
 
 
+def test_transformers_reads_an_exported_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = checkpoint(tiny(["retnet", COMPOSED]), tmp_path / "tiny.ckpt")
+    export(path, tmp_path / "folder", transformers=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    tokens = torch.randint(12, (2, 9))
+    torch.testing.assert_close(model(tokens).logits, load_checkpoint(path)(tokens), rtol=0, atol=0)
+
+
 def test_models_of_values_are_exported_as_well(tmp_path):
     module = ValueRegression(input_size=3, output_size=2, d_model=8, num_heads=2)
     path = checkpoint(module, tmp_path / "values.ckpt")

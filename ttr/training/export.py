@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 import ttr
 from ttr import models
 from ttr._design import Design
-from ttr._design_data import from_data, to_data
+from ttr._design_data import designs_from_data, designs_to_data, from_data, to_data
 from ttr.layers import RegressionLayer
 from ttr.training.training import Training
 
@@ -59,18 +59,25 @@ def _load(path: str | os.PathLike[str]) -> tuple[nn.Module, str, dict[str, Any]]
     return model.eval(), name, arguments
 
 
-def export(ckpt_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+def export(ckpt_path: str | os.PathLike[str], folder: str | os.PathLike[str], transformers: bool = False) -> None:
     """Write the model of a checkpoint as `model.safetensors` and `model.json`.
+
+    With `transformers`, write a `RegressionLM` as that library does instead, for `AutoModelForCausalLM` after an
+    `import ttr.models.hf`.
 
     The description has the arguments of the model, a design among them as its slug or as under `model.design` of a
     configuration, and the design of every layer in full: should a later version mean something else by a slug,
     `load_exported` says so.
 
-    Raises `ValueError` for anything but a checkpoint of `ttr fit`, and for choices that are not `ttr`'s.
+    Raises `ValueError` for anything but a checkpoint of `ttr fit`, for choices that are not `ttr`'s, and for a model
+    that is no `RegressionLM` where transformers has to read it.
     """
     model, name, arguments = _load(ckpt_path)
+    if transformers:
+        _save_pretrained(model, arguments, folder)
+        return
     if "design" in arguments:
-        arguments["design"] = _each(arguments["design"], _plain)
+        arguments["design"] = designs_to_data(arguments["design"])
     description = {
         "format": FORMAT,
         "class": name,
@@ -83,6 +90,19 @@ def export(ckpt_path: str | os.PathLike[str], folder: str | os.PathLike[str]) ->
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS))
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def _save_pretrained(model: nn.Module, arguments: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    try:
+        from ttr.models.hf import RegressionConfig, RegressionForCausalLM
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(model, models.RegressionLM):
+        raise ValueError(f"transformers: expected a RegressionLM, got a {type(model).__name__}")
+    vocab_size = arguments.pop("vocab_size")
+    pretrained = RegressionForCausalLM(RegressionConfig(vocab_size, arguments))
+    pretrained.model.load_state_dict(model.state_dict())
+    pretrained.save_pretrained(folder)
 
 
 def load_exported(folder: str | os.PathLike[str]) -> nn.Module:
@@ -118,21 +138,11 @@ def load_exported(folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A slug stays one: it brings options of the layer that were published with it."""
     made = dict(arguments)
     if "design" in made:
-        made["design"] = _each(made["design"], lambda own: own if isinstance(own, str) else from_data(own))
+        made["design"] = designs_from_data(made["design"])
     return getattr(models, name)(**made)
 
 
 def _designs(model: nn.Module) -> list[Design]:
     return [layer.design for layer in model.modules() if isinstance(layer, RegressionLayer)]
-
-
-def _each(design: Any, function: Callable[[Any], Any]) -> Any:
-    """One design, or one for each block."""
-    return [function(own) for own in design] if isinstance(design, (list, tuple)) else function(design)
-
-
-def _plain(design: object) -> str | dict[str, Any]:
-    return design if isinstance(design, str) else to_data(from_data(design))
