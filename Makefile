@@ -1,6 +1,7 @@
 # make setup | book | test | lint | bench | clean     each target does its own set-up, in .venv
 # DEVICE=cuda SCALE=full make book                    the chapters at full size on a GPU
 # make bench BENCH="-k delta --length 4096"           a slice of the benchmarks
+# make bench DEVICE=cuda                              the kernels on a GPU, beside flash-linear-attention
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -37,11 +38,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All of it on the CPU, some ten minutes; the record takes the old one's place when it is whole. A slice stays in _build.
+# All of it on the CPU, some ten minutes; the record takes the old one's place when it is whole. A slice stays in _build,
+# or on a GPU in the terminal.
 bench: $(READY)
+ifeq ($(DEVICE),cuda)
+	$(BIN)/python -m benchmarks.cuda $(BENCH)
+else
 	mkdir -p _build
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --benchmark-json=_build/ops.cpu.json $(BENCH)
 	$(if $(BENCH),,mv _build/ops.cpu.json benchmarks/results/)
+endif
 
 clean:
 	rm -rf _build notebooks/*.ipynb .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,8 @@
 """What the kernels should take on a GPU that is not here: `python -m benchmarks.estimate`.
 
 Nothing is measured. Each op is called at the shapes of the benchmark with the settings for the GPU; of every launch a
-few programs run under Triton's interpreter, where products of matrices are counted and not computed. A launch moves
-each of its tensors once. It then takes at least
+few programs run under Triton's interpreter, where products of matrices are counted. A launch moves each of its tensors
+once. It then takes at least
 
     operations / the GPU's peak,    bytes / its bandwidth,    waves · products one after the other · PRODUCT_SECONDS
 
@@ -17,19 +17,18 @@ import inspect
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
-
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import provenance, roofline
-from benchmarks.kernel_cases import DIRECTIONS, OPS, SHAPES, Shape
+from benchmarks.kernel_cases import CG_STEPS, DIRECTIONS, OPS, SHAPES, SOLVER_STEPS, Direction, Shape
 from benchmarks.record import ROOT, table
 
 Record = dict[str, Any]
@@ -38,6 +37,8 @@ RECORDED = provenance.RESULTS / "kernels.estimate.json"
 DEVICE, TARGET = "H200", "sm_90"
 PRODUCT_SECONDS = 0.4e-6  # of a product of 64 × 64 tiles that waits for the one before: some 700 cycles, an assumption
 LAUNCH_SECONDS = 4e-6  # from one launch to the next, an assumption too
+
+STEPS = {"least_squares": CG_STEPS, "local_linear": SOLVER_STEPS}  # as in the benchmark
 
 TESTS = ROOT / "tests" / "kernels"
 
@@ -57,6 +58,7 @@ class Launch(NamedTuple):
 
 def support() -> tuple[Any, Any, Any]:
     """The tests' cases, launches and budgets, which are beside them and not in a package."""
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     names = ("cases", "launches", "compile_kernels")
@@ -73,8 +75,9 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
     _, launches, _ = support()
     found: list[Launch] = []
     counts = np.zeros(4)  # operations in half precision, TF32, float32; products
+    product = interpreter.interpreter_builder.create_dot
 
-    def dot(a: Any, b: Any, d: Any, input_precision: Any, *_: Any) -> Any:
+    def dot(a: Any, b: Any, d: Any, input_precision: Any, *others: Any) -> Any:
         *batch, m, k = a.data.shape
         operations = 2 * math.prod(batch) * m * k * b.data.shape[-1]
         name = str(input_precision).rpartition(".")[2].lower()
@@ -85,7 +88,7 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
         else:
             counts[2] += operations
         counts[3] += 1
-        return interpreter.TensorHandle(d.data, d.dtype.scalar)
+        return product(a, b, d, input_precision, *others)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         names = set(kernel.arg_names)
@@ -96,7 +99,7 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
         execute(kernel, bound, grid, grid[0] // 2)
         tensors = {x.data_ptr(): x for x in bound.values() if isinstance(x, Tensor)}
         moved = sum(x.numel() * x.element_size() for x in tensors.values())
-        half, tf32, single, products = counts * grid[0]
+        half, tf32, single, products = (counts * grid[0]).tolist()
         programs = math.prod(grid)
         found.append(
             Launch(kernel.__name__, programs, half, tf32, single, moved, products / programs, launches.is_forward())
@@ -117,7 +120,11 @@ def counted(target: str = TARGET) -> Iterator[list[Launch]]:
         finally:
             scope.restore()
 
-    changes = [(interpreter.InterpretedFunction, "run", run), (interpreter.interpreter_builder, "create_dot", dot)]
+    changes = [
+        (interpreter.InterpretedFunction, "run", run),
+        (interpreter.interpreter_builder, "create_dot", dot),
+        (Tensor, "new_empty", Tensor.new_zeros),  # most programs do not run: what they would write is no NaN
+    ]
     with launches.replaced([*changes, *launches.on_target(target)]), np.errstate(all="ignore"):
         yield found
     del interpreter.interpreter_builder.create_dot
@@ -136,33 +143,32 @@ def seconds(launch: Launch, resident: int, peaks: roofline.Peaks) -> dict[str, f
 
 
 def row(
-    name: str, shape: Shape, direction: str, launches: list[Launch], budgets: Record, peaks: roofline.Peaks
+    name: str,
+    shape: Shape,
+    direction: Direction,
+    launches: list[Launch],
+    budgets: dict[tuple[str, str, str, str], Record],
+    peaks: roofline.Peaks,
 ) -> Record:
     """The estimate of an op in one direction: the sum over its launches."""
+    chosen = [launch for launch in launches if launch.forward or direction != "forward"]
     kernels: dict[str, Record] = {}
-    for launch in launches:
-        if direction == "forward" and not launch.forward:
-            continue
+    for launch in chosen:
         size = f"bf16 D={shape.dim}"
-        known = (budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward"))
+        known = [budgets.get((launch.kernel, TARGET, size, way)) for way in ("forward", "backward")]
         resident = max(1, min((budget["programs"] for budget in known if budget), default=1))
         bounds = seconds(launch, resident, peaks)
-        longest = max(bounds, key=lambda bound: bounds[bound])
-        kernel = kernels.setdefault(
-            launch.kernel,
-            {"launches": 0, "seconds": 0.0, "bound": longest, "programs": launch.programs, "resident": resident},
-        )
+        kernel = kernels.setdefault(launch.kernel, {"launches": 0, "seconds": 0.0, "bound": "", "resident": resident})
         kernel["launches"] += 1
-        kernel["seconds"] += bounds[longest]
-    chosen = [launch for launch in launches if launch.forward or direction != "forward"]
-    count = sum(kernel["launches"] for kernel in kernels.values())
+        kernel["seconds"] += max(bounds.values())
+        kernel["bound"] = max(bounds, key=lambda bound: bounds[bound])
     found = {
         "op": name,
         "shape": list(shape),
         "direction": direction,
         "executed": {kind: sum(getattr(launch, kind) for launch in chosen) for kind in ("half", "tf32", "float32")},
         "moved": sum(launch.bytes for launch in chosen),
-        "seconds": max(sum(kernel["seconds"] for kernel in kernels.values()), count * LAUNCH_SECONDS),
+        "seconds": max(sum(kernel["seconds"] for kernel in kernels.values()), len(chosen) * LAUNCH_SECONDS),
         "kernels": kernels,
     }
     op = next((op for op in OPS if op.name == name), None)
@@ -170,6 +176,14 @@ def row(
         flops, moved = roofline.flops_of(name, shape, direction), roofline.bytes_of(op, shape, direction)
         found |= {"flops": flops, "bytes": moved, "roofline": roofline.seconds(flops, moved, peaks)}
     return found
+
+
+def draw(inputs: dict[str, Any]) -> None:
+    """Numbers with which solvers do not stop at once; decays and weights in logarithms, ridges above zero."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            low, high = (-0.1, 0.0) if name.startswith("log_") else (0.5, 1.0) if name == "ridge" else (-0.5, 0.5)
+            x.data.uniform_(low, high)
 
 
 def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list[Record]:
@@ -181,33 +195,42 @@ def estimates(cases: list[Any], shapes: tuple[Shape, ...] | None = None) -> list
         for shape in shapes or of_op.get(str(case), SHAPES):
             sizes = shape._asdict() | {"sequences": shape.batch}
             inputs = case.inputs(torch.bfloat16, sizes.pop("dim"), **sizes)
-            with counted() as found:
+            draw(inputs)
+            if case.function in STEPS and "probe" not in inputs:
+                inputs |= {"steps": STEPS[case.function], "tolerance": 0.0}
+            with counted() as found, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # so many steps are too few: their number is what counts
                 launches.call(case, inputs)
             rows += [row(str(case), shape, direction, found, budgets, peaks) for direction in DIRECTIONS]
             print(f"{case}, {shape}", file=sys.stderr, flush=True)
     return rows
 
 
+def slowest(made: Record) -> str:
+    """The kernel that takes most of an op, which part of it, and what bounds it."""
+    name = max(made["kernels"], key=lambda name: made["kernels"][name]["seconds"])
+    kernel = made["kernels"][name]
+    return f"{name} {kernel['seconds'] / made['seconds']:.0%}, {kernel['bound']}, {kernel['resident']} resident"
+
+
 def text(rows: list[Record]) -> str:
-    lines = []
-    for made in rows:
-        slowest = max(made["kernels"], key=lambda name: made["kernels"][name]["seconds"])
-        kernel = made["kernels"][slowest]
-        lines.append(
-            (
-                made["op"],
-                made["direction"],
-                str(Shape(*made["shape"])),
-                f"{1e3 * made['seconds']:.3f}",
-                f"{1e3 * made['roofline']:.3f}" if "roofline" in made else "",
-                f"{sum(made['executed'].values()) / 1e9:.0f}",
-                f"{made['moved'] / 2**20:.0f}",
-                f"{sum(made['executed'].values()) / made['moved']:.0f}",
-                f"{slowest} {kernel['seconds'] / made['seconds']:.0%} ({kernel['bound']}, {kernel['resident']} resident)",
-            )
-        )
     header = ("op", "direction", "shape", "estimated ms", "roofline ms", "GFLOP", "MiB", "FLOP/byte", "slowest kernel")
-    return table(header, lines)
+    return table(header, [cells(made) for made in rows])
+
+
+def cells(made: Record) -> tuple[str, ...]:
+    operations = sum(made["executed"].values())
+    return (
+        made["op"],
+        made["direction"],
+        str(Shape(*made["shape"])),
+        f"{1e3 * made['seconds']:.3f}",
+        f"{1e3 * made['roofline']:.3f}" if "roofline" in made else "",
+        f"{operations / 1e9:.0f}",
+        f"{made['moved'] / 2**20:.0f}",
+        f"{operations / made['moved']:.0f}",
+        slowest(made),
+    )
 
 
 def main() -> None:
@@ -215,7 +238,8 @@ def main() -> None:
     parser.add_argument("-k", dest="pattern", default="", help="only ops whose name has this; the record stays")
     pattern = parser.parse_args().pattern
     cases, _, _ = support()
-    chosen = [case for case in cases.CASES if case.backward and pattern in str(case)]
+    measured = {op.name for op in OPS}
+    chosen = [case for case in cases.CASES if str(case) in measured and pattern in str(case)]
     peaks = roofline.PEAKS[DEVICE]
     made = provenance.provenance(f"NVIDIA {DEVICE}", None) | {"estimate": True, "peaks": peaks._asdict()}
     made["rows"] = estimates(chosen)

@@ -98,7 +98,7 @@ class Op:
     """One op.
 
     Attributes:
-        name: what tables call it.
+        name: what tables call it; as in tests/kernels/cases.py, where its kernels are compiled and estimated.
         needs: the tensors that it reads, all of which it is differentiated in.
         ours: the outputs.
         exact: the outputs in float64, from inputs in float64 and any number of heads.
@@ -269,19 +269,19 @@ OPS = (
         )[0],
     ),
     pair(
-        "least_squares, ridge decays",
+        "least_squares, decay per head",
         (*QKV, "log_decay", "step_size", "ridge"),
         lambda x, backend: squares(x, backend, ridge_decays=True),
     ),
     pair(
-        "least_squares, ridge stays",
+        "least_squares, decay per head, a ridge that stays",
         (*QKV, "log_decay", "step_size", "ridge"),
         lambda x, backend: squares(x, backend, ridge_decays=False),
         rival="mesa_net.chunk_mesa_net",
         theirs=mesa_net,
     ),
     pair(
-        "local_linear, 8 steps",
+        "local_linear, no decay",
         (*QKV, "ridge"),
         local_linear,
         rival="torch",
@@ -290,7 +290,7 @@ OPS = (
         bound=5e-2,  # of eight steps, not of the arithmetic
     ),
     pair(
-        "local_linear, Parallax",
+        "local_linear, a probe",
         (*QKV, "probe"),
         parallax,
         rival="torch",

@@ -67,7 +67,10 @@ def load(path: Path) -> Record:
 
 
 def write(made: Record, path: Path) -> None:
-    path.write_text(json.dumps(checked(made), indent=1) + "\n", encoding="utf-8")
+    """A row a line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in made["rows"])
+    head = json.dumps(checked(made) | {"rows": []}, indent=1)
+    path.write_text(head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n", encoding="utf-8")
 
 
 def sentence(made: Record) -> str:

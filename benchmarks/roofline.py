@@ -86,10 +86,10 @@ FLOPS: dict[str, Flops] = {
     "delta_rule, decay per head": error_correcting,
     "delta_rule, decay per channel": error_correcting,
     "momentum_delta_rule, decay per head": with_momentum,
-    "least_squares, ridge decays": whitened,
-    "least_squares, ridge stays": iterated,
-    "local_linear, 8 steps": solved_locally,
-    "local_linear, Parallax": probed,
+    "least_squares, decay per head": whitened,
+    "least_squares, decay per head, a ridge that stays": iterated,
+    "local_linear, no decay": solved_locally,
+    "local_linear, a probe": probed,
 }
 
 

@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown
 
 sys.path.insert(0, "..")  # the record and what reads it are beside the package, not in it
-from benchmarks import cases, record
+from benchmarks import cases, estimate, provenance, record
 from ttr.book import OKABE_ITO, use_style
 
 use_style()
@@ -209,3 +209,30 @@ table(
         for row in rows
     ],
 )  # fmt: skip
+
+# %% [markdown]
+# ## On a GPU: an estimate
+#
+# How fast are the Triton kernels? Nobody has measured them yet: there was no GPU. What can be said without one is how
+# much they compute and move, and what the compiler made of them. No op is faster than the *least time*: its
+# operations at the GPU's peak, or its inputs and outputs at the bandwidth of its memory, whichever takes longer. The
+# *estimate* adds up the launches: what each computes, what it moves, and how many products wait for one another.
+# `python -m benchmarks.estimate` makes it anew, and `make bench DEVICE=cuda` measures.
+
+# %% tags=["remove-input"]
+estimated = provenance.load(estimate.RECORDED)
+forwards = [row for row in estimated["rows"] if row["direction"] == "forward" and "roofline" in row]
+furthest = max(forwards, key=lambda row: row["seconds"] / row["roofline"])
+nearest = min(forwards, key=lambda row: row["seconds"] / row["roofline"])
+Markdown(
+    f"{provenance.sentence(estimated)} Forwards the estimates are {nearest['seconds'] / nearest['roofline']:.1f} times "
+    f"the least time ({nearest['op']}) to {furthest['seconds'] / furthest['roofline']:.1f} times "
+    f"({furthest['op']}; most of it in {estimate.slowest(furthest)})."
+)
+
+# %% tags=["remove-input"]
+table(
+    f"An estimate, not a measurement: {len(estimated['rows'])} calls on an {estimated['device']}, bfloat16",
+    ("op", "direction", "shape", "ms, estimated", "ms, least", "GFLOP", "MiB moved", "FLOP a byte", "slowest kernel"),
+    [estimate.cells(row) for row in estimated["rows"]],
+)

@@ -30,11 +30,10 @@ from ttr_kernels._blocks import (
     product,
     store_rows,
 )  # fmt: skip
-from ttr_kernels._launch import MAX_HEAD_SIZE, block, decay_kind, precision
+from ttr_kernels._launch import MAX_HEAD_SIZE, architecture, block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 from ttr_kernels._states import segments
 
-LARGEST_TRANSITION = 128  # key size; larger matrices do not fit a program
 # Numbers of a state that a program carries.
 STATE_TILES = {torch.float32: 1024, torch.float16: 4096, torch.bfloat16: 4096}
 
@@ -236,10 +235,15 @@ def carried(
     block_k = block(key, 2 * MAX_HEAD_SIZE)
     dtype = values.dtype if to_y is None else to_y.dtype
     block_v = block(value, max(16, STATE_TILES[dtype] // block_k))
+    # Two stages fit into shared memory: of larger tiles where there is more of it and a third stream, of the queries,
+    # is absent or narrow; never on gfx942.
+    target = architecture(k.device)
+    wide = block_k <= 128 and target in ("sm_90", "sm_100") and (left is None or queries is None)
+    staged = not target.startswith("gfx") and (block_k <= 64 or wide)
     sizes = {
         "K": key, "CHUNK": packing.chunk, "BLOCK_K": block_k, "BLOCK_V": block_v,
         "DECAY": decay_kind(log_decay) if left is None else 2, "BACKWARDS": queries is not None,
-        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if block_k <= 128 else 1,
+        "PRECISION": precision(dtype, k.device), "num_warps": 8, "num_stages": 2 if staged else 1,
     }  # fmt: skip
     reads, writes = (k, gain) if queries is None else (gain, k)
 
@@ -256,7 +260,8 @@ def carried(
     states, final = new(packing.chunks.number, key, value), new(packing.sequences, key, value)
     errors = values.new_empty(values.shape, dtype=dtype)
     spans = segments(packing, heads * triton.cdiv(value, block_v))
-    if spans.number == packing.sequences or key > LARGEST_TRANSITION:
+    # A larger matrix from segment to segment does not fit into shared memory.
+    if spans.number == packing.sequences or key > (64 if target.startswith("gfx") else 128):
         carry(packing.whole, value, initial, states, errors, final)
         return states, errors, final
 

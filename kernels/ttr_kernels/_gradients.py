@@ -88,8 +88,8 @@ def gradient_kernel(
         b_since, b_until, b_all = decay_of_chunk(b_coarse, b_fine)
         b_to_q *= b_since
         b_to_k *= b_until
-        b_left = tl.sum(b_k * b_to_k, axis=0, keep_dims=True) + b_all * b_overlap[None, :]
     if DECAY == PER_CHANNEL:
+        b_left = tl.sum(b_k * b_to_k, axis=0, keep_dims=True) + b_all * b_overlap[None, :]
         b_to_q += load_rows(p_to_q, o_row, m_t, o_k, K)
         b_to_k += load_rows(p_to_k, o_row, m_t, o_k, K)
         b_to_sums = b_q * b_to_q - b_k * b_to_k
@@ -105,8 +105,12 @@ def gradient_kernel(
             # The scores of these channels alone: sums over the blocks of channels are sums over all.
             b_pairs = product(b_q, tl.trans(b_k), tl.zeros([CHUNK, CHUNK], tl.float32), PRECISION) * b_to_scores
             b_pairs = tl.where(o_t[:, None] > o_t[None, :], b_pairs, 0.0)
-            b_to_sums = tl.sum(b_q * b_to_q - b_k * b_to_k, axis=1) + tl.sum(b_pairs, axis=1) - tl.sum(b_pairs, axis=0)
-            b_to_log_decay = tl.cumsum(b_to_sums, axis=0, reverse=True) + tl.sum(b_left)
+            b_to_sums = tl.sum(b_q * b_to_q, axis=1) + tl.sum(b_pairs, axis=1) - tl.sum(b_pairs, axis=0)
+            b_to_log_decay = tl.cumsum(b_to_sums, axis=0, reverse=True) + tl.sum(b_all * b_overlap[None, :])
+            # What is written at t and later leaves undecayed by ℓ_t. To subtract it from all that leaves would cost the
+            # digits of what a strong decay has left of the rest.
+            b_leaving = tl.sum(b_k * b_to_k, axis=1)
+            b_to_log_decay += tl.sum(tl.where(o_t[:, None] > o_t[None, :], b_leaving[None, :], 0.0), axis=1)
             tl.store(p_to_log_decay + tl.program_id(1).to(tl.int64) * ROWS * H + o_row, b_to_log_decay, mask=m_t)
         b_to_q = product(b_to_scores, b_k, b_to_q, PRECISION)
         b_to_k = product(tl.trans(b_to_scores), b_q, b_to_k, PRECISION)
@@ -135,6 +139,7 @@ def gradients(
     heads, key, value = q.shape[-2], q.shape[-1], v.shape[-1]
     decay = decay_kind(log_decay)
     block_k = block(key, 32 if q.dtype == torch.float32 else 64)
+    block_v = block(value, 32 if q.dtype == torch.float32 else 64)
     blocks = triton.cdiv(key, block_k)
     to_scores = None
     if log_decay is not None and decay == 2:
@@ -147,7 +152,7 @@ def gradients(
     gradient_kernel[(packing.chunks.number * heads, blocks)](
         q, k, v, to_y, log_decay, to_scores, states, to_states,
         to_q, to_k, to_log_decay, packing.chunks.table, heads, packing.rows,
-        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block_k, BLOCK_V=block(value, 64), DECAY=decay,
+        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block_k, BLOCK_V=block_v, DECAY=decay,
         WITHIN=within, STRICT=strict, PRECISION=precision(q.dtype, q.device), num_warps=8, num_stages=2,
     )  # fmt: skip
     return to_q, to_k, to_log_decay.sum(0) if to_log_decay is not None and decay == 1 else to_log_decay

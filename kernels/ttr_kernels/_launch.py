@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-OLDEST_TRITON = (3, 2)
+OLDEST_TRITON = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
     raise ImportError(
         f"triton: expected {'.'.join(map(str, OLDEST_TRITON))} or newer, got {triton.__version__}; "
@@ -94,7 +94,8 @@ def check(
         if list(tensor.shape) != expected:
             wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in names)
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
-        dtype = reference.dtype if "time" in names and not name.startswith(("log_", "weight")) else torch.float32
+        of_tokens = not {"time", "pairs"}.isdisjoint(names) and not name.startswith(("log_", "weight"))
+        dtype = reference.dtype if of_tokens else torch.float32
         if tensor.dtype != dtype:
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
         if tensor.device != reference.device:

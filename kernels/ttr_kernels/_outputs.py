@@ -97,10 +97,11 @@ def outputs(
     Without `scores`, those of rows and columns are made; they must be given with a decay per channel.
     """
     heads, key, value = rows.shape[-2], rows.shape[-1], values.shape[-1]
+    block_k = block(key, 32 if rows.dtype == torch.float32 else 64)
     block_v = block(value, 64 if rows.dtype == torch.float32 else 128)
     output_kernel[(packing.chunks.number * heads, triton.cdiv(value, block_v))](
         rows, columns, scores, values, log_decay, states, y, packing.chunks.table, heads,
-        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block(key, 64), BLOCK_V=block_v, DECAY=decay_kind(log_decay),
+        K=key, V=value, CHUNK=packing.chunk, BLOCK_K=block_k, BLOCK_V=block_v, DECAY=decay_kind(log_decay),
         TRANSPOSED=transposed, PRECISION=precision(rows.dtype, rows.device),
         num_warps=4 if packing.chunk * block_v <= 4096 else 8, num_stages=2,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from ttr_kernels._blocks import NO_DECAY, PER_CHANNEL, decay_of_chunk, load_log_
 from ttr_kernels._launch import block, decay_kind, precision
 from ttr_kernels._packing import Packing, Spans
 
-ENOUGH_PROGRAMS = 256
+ENOUGH_PROGRAMS = 512  # to fill a GPU
+FEWEST_SEGMENTS = 4  # of a sequence: two passes over half of it are no faster than one over all
 SHORTEST_SEGMENT = 8  # chunks
 
 
@@ -113,7 +114,8 @@ def segment_scan_kernel(
 def segments(packing: Packing, programs: int) -> Spans:
     """Spans long enough to be worth a program each, and enough of them, at so many programs a sequence."""
     chunks = triton.cdiv(packing.rows, packing.chunk)
-    if packing.sequences * programs >= ENOUGH_PROGRAMS or chunks < 2 * SHORTEST_SEGMENT * packing.sequences:
+    too_few = FEWEST_SEGMENTS * packing.sequences
+    if too_few * programs > ENOUGH_PROGRAMS or chunks < too_few * SHORTEST_SEGMENT:
         return packing.whole
     return packing.cut(packing.chunk, max(SHORTEST_SEGMENT, triton.cdiv(chunks * programs, ENOUGH_PROGRAMS)))
 

@@ -30,6 +30,9 @@ from ttr_kernels._scores import scores
 from ttr_kernels._triangle import unit_triangular_inverse
 from ttr_kernels.linear_attention import arranged
 
+# Twice as many rows of a state stand in a program, with as many channels of what is read and written.
+LARGEST_KEYS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+
 
 def momentum_delta_rule(
     q: Tensor,
@@ -66,7 +69,9 @@ def momentum_delta_rule(
         initial_state=(initial_state, "sequences heads key value"),
         initial_momentum=(initial_momentum, "sequences heads key value"),
     )
-    key = sizes["key"]
+    key, largest = sizes["key"], LARGEST_KEYS[q.dtype]
+    if key > largest:
+        raise ValueError(f'key: expected a head size from 1 to {largest} in {q.dtype}, got {key}; use backend="torch"')
     if log_decay is None:
         log_decay = torch.zeros_like(log_momentum)
     nothing = q.new_zeros(sizes["sequences"], sizes["heads"], key, sizes["value"], dtype=torch.float32)

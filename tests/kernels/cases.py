@@ -16,6 +16,10 @@ STATES = "sequences heads key value"
 SIZES = {"batch": 1, "sequences": 1, "time": 2048, "heads": 16}
 
 
+# Heads of functions that take less in float32 than is compiled.
+LARGEST_IN_FLOAT32 = {"momentum_delta_rule": 32}
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of a public function.
@@ -41,6 +45,8 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, size: int, **sizes: int) -> dict[str, Any]:
         """Arguments whose numbers mean nothing; decays, weights and states are float32, as in all of the package."""
+        if dtype == torch.float32:
+            size = min(size, LARGEST_IN_FLOAT32.get(self.function, size))
         sizes = {"key": size, "value": size} | SIZES | self.sizes | sizes
         inputs: dict[str, Tensor] = {}
         for name, axes in self.tensors.items():
@@ -58,17 +64,46 @@ DECAYS: dict[str, dict[str, str]] = {
 }
 STEP: dict[str, Any] = {"sizes": {"batch": 16, "sequences": 16, "time": 1}, "backward": False}
 
-OF_FUNCTIONS = {
-    "linear_attention": QKV,
-    "delta_rule": QKV | {"gain": KEYS},
+SQUARES = {"q": KEYS, "k": KEYS, "v": VALUES, "ridge": "heads key"}
+STAYS = {"ridge_decays": False}
+
+# By function, its tensors and the decays that it takes.
+OF_FUNCTIONS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "linear_attention": (QKV, tuple(DECAYS)),
+    "delta_rule": (QKV | {"gain": KEYS}, tuple(DECAYS)),
+    "momentum_delta_rule": (
+        QKV | {"gain": KEYS, "log_momentum": SCALARS, "initial_momentum": STATES},
+        ("no decay", "decay per head"),
+    ),
 }
 
 CASES = [
     case
-    for function, tensors in OF_FUNCTIONS.items()
-    for name, decay in DECAYS.items()
+    for function, (tensors, decays) in OF_FUNCTIONS.items()
+    for decay in decays
     for case in (
-        Case(function, name, tensors | decay),
-        Case(function, f"{name}, a step", tensors | decay, **STEP),
+        Case(function, decay, tensors | DECAYS[decay]),
+        Case(function, f"{decay}, a step", tensors | DECAYS[decay], **STEP),
     )
+]
+CASES += [
+    case
+    for name, decay in DECAYS.items()
+    if name != "decay per channel"
+    for case in (
+        Case("least_squares", name, SQUARES | decay | {"weight": SCALARS}),
+        Case("least_squares", f"{name}, a ridge that stays", SQUARES | decay, STAYS),
+        Case("least_squares", f"{name}, a step", SQUARES | decay, **STEP),
+        Case("least_squares", f"{name}, a step, a ridge that stays", SQUARES | decay, STAYS, **STEP),
+    )
+]
+
+LINES = {"q": KEYS, "k": KEYS, "v": VALUES}
+SOLVED = LINES | {"target": KEYS, "ridge": "heads"}
+FACTORS = {"log_decay": SCALARS, "log_weight": SCALARS}
+CASES += [
+    Case("local_linear", "no decay", SOLVED),
+    Case("local_linear", "decay, weights and a window", SOLVED | FACTORS, {"window": 512}),
+    Case("local_linear", "a probe", LINES | {"probe": KEYS}),
+    Case("local_linear", "a step", SOLVED | FACTORS, **STEP),
 ]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import launches
 import torch
 import triton
-from cases import CASES
+from cases import CASES, Case
 from launches import TARGETS, Launch
 from triton.runtime.jit import JITFunction
 
@@ -39,9 +39,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 SIZES = {"bf16 D=64": (torch.bfloat16, 64), "bf16 D=128": (torch.bfloat16, 128), "fp32 D=64": (torch.float32, 64)}
 PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
+DIRECTIONS = ("forward", "step", "backward")
 Row = dict[str, Any]
 Group = tuple[str, str, str, str]  # kernel, target, size, direction
 MEASURED = "1"  # changes with what a row says
+TENSOR_MEMORY = 512  # columns, on sm_100
 
 
 class Multiprocessor(NamedTuple):
@@ -73,6 +75,8 @@ def programs_at_once(target: str, registers: int, shared: int, warps: int) -> in
 def measure(launch: Launch, target: str) -> Row:
     """Registers a thread, bytes of them spilled, bytes of shared memory, matrix instructions."""
     compiled = triton.compile(launch.source, target=TARGETS[target], options=launch.options.__dict__)
+    if (tensor_memory := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:  # becomes an empty kernel
+        raise ValueError(f"{tensor_memory} columns of tensor memory, of which there are {TENSOR_MEMORY}")
     row = in_amdgcn(compiled.asm["amdgcn"]) if target.startswith("gfx") else in_cubin(compiled.asm["cubin"])
     instructions = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     row |= {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
@@ -113,22 +117,24 @@ class Variant(NamedTuple):
     target: str
     size: str
     case: str
+    direction: str
     digest: str
 
     @property
     def group(self) -> Group:
-        return self.launch.kernel, self.target, self.size, "forward" if self.launch.forward else "backward"
+        return self.launch.kernel, self.target, self.size, self.direction
 
 
-def variant(launch: Launch, target: str, size: str, case: str) -> Variant:
+def variant(launch: Launch, target: str, size: str, case: Case) -> Variant:
+    direction = "backward" if not launch.forward else "forward" if case.backward else "step"
     source = launch.source
     compiled_from = (source_of(source.fn), source.signature, source.constants, source.attrs, launch.options.hash())
     parts = (MEASURED, triton.__version__, target, *map(str, compiled_from))
-    return Variant(launch, target, size, case, hashlib.sha256("\0".join(parts).encode()).hexdigest())
+    return Variant(launch, target, size, str(case), direction, hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
 
 def variants(targets: Iterable[str] = TARGETS, sizes: Iterable[str] = SIZES, pattern: str = "") -> list[Variant]:
-    """Each distinct one of a target and size once; as forwards where any case launches it forwards."""
+    """Each distinct one of a target and size once; where cases differ, as forwards, or else as of a step."""
     found: dict[tuple[str, str], Variant] = {}
     for target in targets:
         for size in sizes:
@@ -136,9 +142,9 @@ def variants(targets: Iterable[str] = TARGETS, sizes: Iterable[str] = SIZES, pat
                 for launch in launches.of_case(case, target, *SIZES[size]):
                     if not re.search(pattern, f"{launch.kernel} {case}"):
                         continue
-                    new = variant(launch, target, size, str(case))
+                    new = variant(launch, target, size, case)
                     known = found.setdefault((size, new.digest), new)
-                    if launch.forward and not known.launch.forward:
+                    if DIRECTIONS.index(new.direction) < DIRECTIONS.index(known.direction):
                         found[size, new.digest] = new
     return list(found.values())
 
@@ -153,6 +159,7 @@ def compiled(wanted: list[Variant], jobs: int = 2) -> dict[str, Row]:
         missing.sort(key=lambda variant: (variant.launch.forward, variant.size != "bf16 D=128"))
         global _missing
         _missing = missing
+        CACHE.parent.mkdir(exist_ok=True)
         with multiprocessing.get_context("fork").Pool(jobs) as pool:
             for count, (one, row) in enumerate(zip(missing, pool.imap(_measure, range(len(missing))), strict=True), 1):
                 if isinstance(row, str):
@@ -161,8 +168,7 @@ def compiled(wanted: list[Variant], jobs: int = 2) -> dict[str, Row]:
                     known[one.digest] = row
                 if count % 20 == 0 or count == len(missing):
                     print(f"compiled {count} of {len(missing)}", file=sys.stderr, flush=True)
-        CACHE.parent.mkdir(exist_ok=True)
-        CACHE.write_text(json.dumps(known))
+                    CACHE.write_text(json.dumps(known))
     if failed:
         raise SystemExit("\n\n".join(["kernels that do not compile:", *failed]))
     return {variant.digest: known[variant.digest] for variant in wanted}
@@ -205,7 +211,7 @@ def worst(group: list[Variant], rows: dict[str, Row]) -> Row:
 
 
 def text(rows: dict[Group, Row]) -> str:
-    line = "{:<26}{:<8}{:<12}{:<10}{:>8}{:>11}{:>9}{:>8}{:>7}{:>10}  {}"
+    line = "{:<29}{:<8}{:<12}{:<10}{:>8}{:>11}{:>9}{:>8}{:>7}{:>10}  {}"
     columns = ("variants", "registers", "spilled", "shared", "warps", "programs")
     lines = [line.format("kernel", "target", "size", "direction", *columns, "matrix instructions")]
     lines += [

@@ -20,8 +20,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
         import interpreter_bf16
+        import interpreter_patched_once
 
         interpreter_bf16.install()
+        interpreter_patched_once.install()
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ absent tensors) and launches nothing, so that outputs stay uninitialised.
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import ttr_kernels
 from cases import Case
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -80,15 +82,16 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def call(case: Case, inputs: dict[str, Any]) -> None:
-    """A case's function forwards, and backwards from all that it returns."""
-    outputs = getattr(ttr_kernels, case.function)(**inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+    """A case's function forwards, and backwards from all that it returns and that has a gradient."""
+    found = tree_leaves(getattr(ttr_kernels, case.function)(**inputs))
+    outputs = [y for y in found if y is not None and y.requires_grad]
     if case.backward:
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
 
 def of_case(case: Case, target: str, dtype: torch.dtype, size: int) -> list[Launch]:
-    with recorded(target) as launches:
+    with recorded(target) as launches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of solvers, about numbers that nothing computed
         call(case, case.inputs(dtype, size))
     return launches

@@ -14,7 +14,7 @@ RECURRENT = [
     for slug, design in ttr.atlas.items()
     if design.weights.recursive
     and isinstance(design.regressor, ttr.Linear)
-    and isinstance(design.optimizer, ttr.Hebbian | ttr.GradientDescent)
+    and isinstance(design.optimizer, ttr.Hebbian | ttr.GradientDescent | ttr.Exact)
 ]
 
 

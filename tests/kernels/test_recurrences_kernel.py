@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 import ttr_kernels
 from ttr_kernels import _states
+from ttr_kernels._packing import packing
 
 from ttr import ops
 
@@ -95,7 +96,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
     "sizes",
     [
         {"time": 150, "batch": 1, "heads": 2, "key": 20, "value": 40},
-        {"time": 64, "batch": 2, "heads": 1, "key": 33, "value": 16},
+        {"time": 64, "batch": 2, "heads": 1, "key": 31, "value": 16},
         {"time": 9, "batch": 1, "heads": 1, "key": 5, "value": 3},
     ],
     ids=str,
@@ -116,11 +117,17 @@ def test_half_precision(op: str, decay: str, dtype: torch.dtype, guarded_memory:
     assert_close(actual, reference(op, inputs), TOLERANCES[dtype])
 
 
+def cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make segments as short as they can be."""
+    for name, value in (("ENOUGH_PROGRAMS", 10**6), ("SHORTEST_SEGMENT", 1), ("FEWEST_SEGMENTS", 1)):
+        monkeypatch.setattr(_states, name, value)
+    assert _states.segments(packing(1, 200, None, torch.device(DEVICE)), 1).number == 4
+
+
 @each_case
 def test_segments_equal_the_whole(op: str, decay: str, monkeypatch: pytest.MonkeyPatch, guarded_memory: Any) -> None:
     """Where programs are few, sequences are cut, and the states between the segments found first."""
-    monkeypatch.setattr(_states, "ENOUGH_PROGRAMS", 10**6)
-    monkeypatch.setattr(_states, "SHORTEST_SEGMENT", 1)
+    cut_into_chunks(monkeypatch)
     inputs = draw(op, decay, 200, heads=1)
     assert_close(results(getattr(ttr_kernels, op), inputs), reference(op, inputs), 1e-5)
 
@@ -131,8 +138,7 @@ def test_packed_sequences_equal_each_alone(
     op: str, decay: str, cut: bool, monkeypatch: pytest.MonkeyPatch, guarded_memory: Any
 ) -> None:
     if cut:
-        monkeypatch.setattr(_states, "ENOUGH_PROGRAMS", 10**6)
-        monkeypatch.setattr(_states, "SHORTEST_SEGMENT", 1)
+        cut_into_chunks(monkeypatch)
     bounds = [0, 0, 1, 66, 150]
     inputs = draw(op, decay, 150, heads=1, sequences=4)
     packed = results(getattr(ttr_kernels, op), inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32).to(DEVICE))
@@ -308,6 +314,12 @@ def test_bad_input_is_named(change: Inputs, message: str) -> None:
     inputs = {name: x.to(DEVICE) if x.device.type == "cpu" else x for name, x in inputs.items()}
     with pytest.raises(ValueError, match=message):
         ttr_kernels.linear_attention(**inputs)
+
+
+def test_momentum_says_which_keys_are_too_large() -> None:
+    inputs = draw("momentum_delta_rule", "none", 2, key=33)
+    with pytest.raises(ValueError, match=r"key: expected a head size from 1 to 32 in torch.float32, got 33"):
+        ttr_kernels.momentum_delta_rule(**inputs)
 
 
 def test_packed_sequences_stand_in_a_batch_of_one() -> None:

@@ -43,7 +43,6 @@ def arguments(**changed: object) -> dict[str, object]:
         ({"log_decay": torch.full((2, 6, 3), torch.nan)}, "log_decay: expected finite values in (-inf, 0], got"),
         ({"chunk_size": 0}, "chunk_size: expected at least 1, got 0"),
         ({"backend": "cuda"}, 'backend: expected "auto", "torch" or "triton", got \'cuda\''),
-        ({"backend": "triton"}, "for the delta rule, which has no kernel"),
     ],
 )
 def test_delta_rule(changed: dict[str, object], message: str) -> None:
@@ -51,11 +50,14 @@ def test_delta_rule(changed: dict[str, object], message: str) -> None:
         ops.delta_rule(**arguments(**changed))
 
 
-def test_linear_attention_has_no_kernel_for_a_decay_per_channel() -> None:
-    a = arguments(log_decay=-torch.ones(2, 6, 3, 4), backend="triton")
-    del a["gain"]
-    with pytest.raises(ValueError, match="a decay per channel, which has no kernel"):
-        ops.linear_attention(**a)
+@pytest.mark.parametrize(
+    ("size", "dtype", "reason"),
+    [(129, torch.bfloat16, "128 channels in torch.bfloat16"), (33, torch.float32, "32 channels")],
+)
+def test_momentum_has_no_kernel_for_large_keys(size: int, dtype: torch.dtype, reason: str) -> None:
+    x = torch.ones(1, 2, 1, size, dtype=dtype)
+    with pytest.raises(ValueError, match=f"momentum with keys of more than {reason}.*, which has no kernel"):
+        ops.momentum_delta_rule(x, x, x, x, -torch.ones(1, 2, 1), backend="triton")
 
 
 def test_momentum_takes_a_decay_per_head_only() -> None:

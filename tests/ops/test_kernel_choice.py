@@ -97,7 +97,7 @@ def test_every_reason_is_said() -> None:
 @pytest.fixture(params=["too old", "absent"])
 def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Kernels that cannot be imported, and what is said of them."""
-    old = "triton: expected 3.2 or newer, got 3.1.0; upgrade it with torch"
+    old = "triton: expected 3.4 or newer, got 3.1.0; upgrade it with torch"
     error, message = {
         "too old": (f"ImportError({old!r})", old),
         "absent": (
@@ -127,7 +127,7 @@ def test_a_triton_too_old_is_named_when_the_kernels_are_imported(monkeypatch: py
     triton = pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
     monkeypatch.setattr(triton, "__version__", "3.1.0")
     monkeypatch.delitem(sys.modules, "ttr_kernels._launch", raising=False)
-    with pytest.raises(ImportError, match=re.escape("triton: expected 3.2 or newer, got 3.1.0; upgrade it with torch")):
+    with pytest.raises(ImportError, match=re.escape("triton: expected 3.4 or newer, got 3.1.0; upgrade it with torch")):
         importlib.import_module("ttr_kernels._launch")
 
 

@@ -394,7 +394,10 @@ def test_says_when_it_has_not_converged() -> None:
             {"solver": "conjugate_gradients", "log_decay": torch.zeros(BATCH, 4, HEADS, KEY)},
             'solver: expected one of "auto", "direct" for a decay per channel, got \'conjugate_gradients\'',
         ),
-        ({"backend": "triton"}, 'backend: expected "auto" or "torch" for least squares'),
+        (
+            {"backend": "triton", "log_decay": torch.zeros(BATCH, 4, HEADS, KEY)},
+            'backend: expected "auto" or "torch" for least squares with a decay per channel',
+        ),
         ({"curvature": torch.ones(BATCH, HEADS, KEY)}, "initial_state[0]: expected shape (batch="),
         ({"cross": torch.ones(BATCH, HEADS, KEY, VALUE + 1)}, "initial_state[1]: expected shape (batch="),
     ],

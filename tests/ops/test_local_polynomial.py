@@ -378,7 +378,7 @@ def test_nothing_is_quadratic_in_time(degree: int, probe: bool) -> None:
         ({"degree": 2, "probe": torch.ones(2, 6, 3, 4)}, "probe: expected None at degree 2, got a tensor"),
         ({"log_decay": torch.ones(2, 6, 3)}, "log_decay: expected finite values in (-inf, 0]"),
         ({"weight": -torch.ones(2, 6, 3)}, "weight: expected finite values in [0, inf)"),
-        ({"backend": "triton"}, "for local polynomials, which has no kernel"),
+        ({"backend": "triton", "solver": "direct"}, "for local polynomials by the direct solver, which has no kernel"),
         (
             {"initial_state": PastPairs(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), -torch.ones(2, 1, 3))},
             "initial_state.log_decay: expected None, as log_decay, got a tensor",

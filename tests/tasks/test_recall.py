@@ -124,7 +124,8 @@ def test_devices_share_out_the_batches_of_an_epoch():
     shares = []
     for device in range(2):
         data = Recall(batch_size=2, num_train=6)
-        data.trainer = Mock(spec=Trainer, world_size=2, global_rank=device)
+        data.trainer = Mock(spec=Trainer, world_size=2, global_rank=device, fit_loop=Mock())
+        data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 0
         shares.append(batches(data.train_dataloader()))
     whole = batches(Recall(batch_size=2, num_train=6).train_dataloader())
     assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), whole)

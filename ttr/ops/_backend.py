@@ -48,12 +48,12 @@ def in_kernel(
     like: Tensor,
     cu_seqlens: Tensor | None,
     *sequences: Tensor,
-    **float32: Tensor | None,
+    **others: Any,
 ) -> Any:
     """Call the kernel of that name: sequences as `like`, its other tensors, by keyword, in float32."""
     import ttr_kernels
 
-    wide = {key: None if x is None else x.float() for key, x in float32.items()}
+    wide = {key: x.float() if isinstance(x, Tensor) else x for key, x in others.items()}
     bounds = None if cu_seqlens is None else cu_seqlens.int()
     return getattr(ttr_kernels, name)(*(x.to(like.dtype) for x in sequences), **wide, cu_seqlens=bounds)
 

@@ -64,7 +64,7 @@ def check_shapes(
             raise ValueError(f"cu_seqlens: expected the device of {name} ({tensor.device}), got {cu_seqlens.device}")
         if sizes["batch"] != 1:
             raise ValueError(f"cu_seqlens: expected a batch of 1, whose tokens it divides, got {sizes['batch']}")
-        if _may_read(cu_seqlens):
+        if may_read(cu_seqlens):
             sequence_lengths(cu_seqlens, sizes["time"])
     return sizes
 
@@ -87,7 +87,7 @@ def sequence_lengths(cu_seqlens: Tensor, time: int) -> list[int]:
     return lengths
 
 
-def _may_read(tensor: Tensor) -> bool:
+def may_read(tensor: Tensor) -> bool:
     """Whether a check may read values: that makes a GPU wait and breaks a compiled graph."""
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("TTR_CHECK") == "1")
 
@@ -99,7 +99,7 @@ def check_range(
 
     CUDA tensors are read only under `TTR_CHECK=1`, and nothing is read while `torch.compile` traces.
     """
-    if tensor is None or tensor.numel() == 0 or not _may_read(tensor):
+    if tensor is None or tensor.numel() == 0 or not may_read(tensor):
         return
     try:
         smallest, largest = (extreme.item() for extreme in tensor.detach().aminmax())

@@ -111,7 +111,7 @@ def momentum_delta_rule(
         initial_momentum: :math:`M_0`; None is zero.
         cu_seqlens: packed sequences, as in `delta_rule`.
         chunk_size: tokens treated in one matrix product (of a power of two); changes the speed, not the result.
-        backend: as in `delta_rule`; the kernel takes up to 128 channels of the key (64 in float32).
+        backend: as in `delta_rule`; the kernel takes up to 128 channels of the key (32 in float32).
 
     Returns:
         The outputs in the dtype of v, and the final pair (state, momentum) in at least float32.
@@ -146,7 +146,7 @@ def momentum_delta_rule(
 
 def _without_momentum_kernel(q: Tensor, v: Tensor) -> str | None:
     """What about these arguments the kernel does not compute."""
-    largest = 64 if v.dtype == torch.float32 else 128
+    largest = 32 if v.dtype == torch.float32 else 128
     return f"momentum with keys of more than {largest} channels in {v.dtype}" if q.shape[-1] > largest else None
 
 

@@ -33,8 +33,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ttr.ops._backend import Backend, uses_triton
-from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes
+from ttr.ops._backend import Backend, in_kernel, uses_triton
+from ttr.ops._check import check_chunk_size, check_range, check_shapes, decay_axes, may_read
 from ttr.ops._chunks import ChunkDecay, map_chunks, state_dtype, without_autocast, zero_state
 from ttr.ops._conjugate_gradients import conjugate_gradients
 from ttr.ops._convergence import warn_unless_converged
@@ -44,6 +44,7 @@ from ttr.ops.linear_attention import linear_attention
 Solver = Literal["auto", "chunk", "conjugate_gradients", "direct"]
 
 FEW_TOKENS = 4  # are solved one by one
+KERNEL_KEY_SIZE = 128
 CHUNKS_TOGETHER = 64  # are solved at once on a CPU, so that they stay in its cache
 
 
@@ -109,7 +110,8 @@ def least_squares(
         cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
             int32 or int64. States have one row a sequence. None is a batch of sequences, all equally long.
         chunk_size: tokens treated in one matrix product; changes the speed, not the result.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: "auto" is Triton for CUDA tensors where a kernel exists and PyTorch otherwise; "torch" and
+            "triton" force one. There is none for a decay per channel, and none for keys of more than 128 channels.
 
     Returns:
         The outputs in the dtype of v, and the final state (G, C) in float32 (float64 for float64 inputs).
@@ -117,10 +119,11 @@ def least_squares(
     Raises:
         ValueError: for a wrong shape, dtype or device, a positive or non-finite log_decay, a ridge ≤ 0, a weight < 0,
             chunk_size or steps < 1, tolerance ≤ 0, bounds that do not rise from 0 to time, a solver that does not solve
-            this problem, or backend "triton".
+            this problem, or backend "triton" where no kernel takes these arguments.
 
     Warns:
-        ConvergenceWarning: with the residual, where conjugate gradients have not converged.
+        ConvergenceWarning: with the residual, where conjugate gradients have not converged. Reading it would make a GPU
+            wait: kernels warn under `TTR_CHECK=1`.
 
     Plackett (1950) and Haykin (2002) for a ridge that decays; von Oswald et al. (2025, MesaNet) for one that stays.
     """
@@ -150,10 +153,26 @@ def least_squares(
         tolerance = 10 * torch.finfo(state_dtype(v)).eps
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
-    uses_triton(backend, q, v, missing="least squares")
+    if uses_triton(backend, q, v, _without_kernel(q, log_decay)):
+        how = {"ridge_decays": ridge_decays, "solver": solver, "steps": steps, "tolerance": tolerance}
+        state = None if initial_state is None else tuple(x.float() for x in initial_state)
+        tensors = {"ridge": ridge, "log_decay": log_decay, "weight": weight}
+        y, state, residual = in_kernel("least_squares", v, cu_seqlens, q, k, v, initial_state=state, **tensors, **how)
+        if may_read(residual):
+            warn_unless_converged(residual.item(), tolerance, steps)
+        return y, state
     choose = partial(_chosen, solver, ridge_decays=ridge_decays, steps=steps, tolerance=tolerance)
     others = (ridge, ridge_decays, choose, chunk_size, backend)
     return each_sequence(cu_seqlens, _in_torch, (q, k, v, log_decay, weight), initial_state, *others)
+
+
+def _without_kernel(q: Tensor, log_decay: Tensor | None) -> str | None:
+    """What about these arguments the kernel does not compute."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return "least squares with a decay per channel"
+    if q.shape[-1] > KERNEL_KEY_SIZE:
+        return f"least squares with keys of {q.shape[-1]} channels (its kernels take 1 to {KERNEL_KEY_SIZE})"
+    return None
 
 
 def _in_torch(

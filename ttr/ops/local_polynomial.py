@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from ttr.ops._backend import Backend, only_torch, uses_triton
 from ttr.ops._check import check_chunk_size, check_range, check_shapes
 from ttr.ops._chunks import state_dtype, without_autocast
+from ttr.ops._convergence import warn_unless_all_converged
 from ttr.ops._local_linear import LocalLinear, Settings, Solver, log_factors, spans
 from ttr.ops._packed import Bounds, each_sequence
 
 Similarity = Literal["exponential", "gaussian"]
 
+KERNEL_SIZE = 128  # the most channels of a key or a value that the kernel takes
 QUADRATIC_BYTES = 2**30  # of the normal matrices of a block of queries
 QUADRATIC_FEATURES = 2**22  # numbers in the monomials of the pairs that some queries see
 
@@ -102,12 +104,14 @@ def local_polynomial(
             block's; "auto" is direct for up to 8 channels, and elsewhere for the queries that K steps leave
             unsolved.
         steps: the most conjugate gradient steps; a direct solve also takes one or two, against rounding.
-        tolerance: where they stop, the relative residual; None is ten units of rounding.
+        tolerance: where they stop, the relative residual; None is ten units of rounding. The kernel computes with
+            half-precision inputs as they are, and stops earlier with those.
         initial_state: the pairs before the first; None for no pair, and for packed sequences.
         cu_seqlens: packed sequences of different lengths, in a batch of one: where each begins and the last one ends,
             int32 or int64. None is a batch of sequences, all equally long.
         chunk_size: queries treated at once; changes speed and memory, and the result within the tolerance.
-        backend: "auto" and "torch" are PyTorch; there is no Triton kernel yet.
+        backend: "auto" is Triton at degree 1 for CUDA tensors that the kernel takes (up to 128 channels; by conjugate
+            gradients), and PyTorch otherwise; "torch" and "triton" force one.
 
     Returns:
         The outputs in the dtype of v, and the pairs that the next call needs (all, or the last window − 1). With
@@ -116,22 +120,26 @@ def local_polynomial(
     Raises:
         ValueError: for a wrong shape, dtype, device or choice, a number outside its range, a ridge or probe missing
             or without a use, a state without the call's decay or weight, a state of or beside packed sequences, bounds
-            that do not rise from 0 to time, and degree 2 where the normal matrices of a block,
-            chunk_size · (1 + K + K(K+1)/2)² numbers a head, exceed a GiB.
+            that do not rise from 0 to time, degree 2 where the normal matrices of a block,
+            chunk_size · (1 + K + K(K+1)/2)² numbers a head, exceed a GiB, and backend "triton" where no kernel takes
+            these arguments.
+        ImportError: for backend "triton" without a triton that is new enough.
 
     Warns:
-        ConvergenceWarning: where conjugate gradients needed more steps.
+        ConvergenceWarning: where conjugate gradients needed more steps; after a kernel on a GPU only under TTR_CHECK=1.
+        KernelFallbackWarning: once a reason, where PyTorch computes with CUDA tensors that no kernel takes.
 
     Nadaraya (1964) and Watson (1964) for degree 0; Fan & Gijbels (1996) for local polynomials; Zuo et al. (2025)
     for degree 1 as attention, by conjugate gradients; Zuo et al. (2026, Parallax) for the probe.
     """
     _check_numbers(degree, bandwidth, window, similarity, solver, steps, tolerance, chunk_size)
     _check_tensors(q, k, v, degree, ridge, log_decay, weight, probe, initial_state, cu_seqlens)
-    if degree == 1:
-        uses_triton(backend, q, v, missing="local polynomials")
-    else:
+    if degree != 1:
         only_torch(backend, f"local polynomials of degree {degree}")
     pairs = _joined(initial_state, PastPairs(k, v, log_decay, weight, cu_seqlens))
+    if degree == 1 and uses_triton(backend, q, v, _without_kernel(q, v, None if probe is not None else solver)):
+        y = _in_kernel(q, probe, pairs, bandwidth, similarity, ridge, window, steps, tolerance)
+        return y, pairs if cu_seqlens is not None else _kept(pairs, window)
 
     # At degree 2 products of four channels cancel.
     dtype = torch.float64 if degree == 2 else state_dtype(v)
@@ -140,6 +148,46 @@ def local_polynomial(
     prepare = partial(_prepared, bandwidth=bandwidth, similarity=similarity, dtype=dtype)
     y, _ = each_sequence(cu_seqlens, _in_torch, (q, probe, *pairs[:4]), None, prepare, degree, ridge, how)
     return y.to(v.dtype), pairs if cu_seqlens is not None else _kept(pairs, window)
+
+
+def _without_kernel(q: Tensor, v: Tensor, solver: Solver | None) -> str | None:
+    """What about these arguments the kernel does not compute."""
+    if solver == "direct":
+        return "local polynomials by the direct solver"
+    if max(q.shape[-1], v.shape[-1]) > KERNEL_SIZE:
+        return f"local polynomials of more than {KERNEL_SIZE} channels"
+    return None
+
+
+def _in_kernel(
+    q: Tensor,
+    probe: Tensor | None,
+    pairs: PastPairs,
+    bandwidth: float,
+    similarity: Similarity,
+    ridge: Tensor | None,
+    window: int | None,
+    steps: int,
+    tolerance: float | None,
+) -> Tensor:
+    from ttr_kernels.local_linear import TOLERANCES, local_linear
+
+    tolerance = TOLERANCES[pairs.v.dtype] if tolerance is None else tolerance
+    with without_autocast(pairs.v):
+        q, k = (x.to(pairs.v.dtype) for x in (q, pairs.k))
+        probe = None if probe is None else probe.to(pairs.v.dtype)
+        target = q
+        if pairs.v.dtype == torch.float32:  # as in `_prepared`; the kernel centres half-precision keys without rounding
+            origin = k[:, :1].detach()
+            k, target = k - origin, q - origin
+        ridge, log_decay, weight = (None if x is None else x.float() for x in (ridge, pairs.log_decay, pairs.weight))
+        y, residual = local_linear(
+            target if similarity == "gaussian" else q, k, pairs.v, target if probe is None else None, ridge, probe,
+            log_decay, _log_weight(k.float(), weight, bandwidth, similarity), scale=bandwidth**-2, window=window,
+            steps=steps, tolerance=tolerance, cu_seqlens=None if pairs.cu_seqlens is None else pairs.cu_seqlens.int(),
+        )  # fmt: skip
+    warn_unless_all_converged(residual, tolerance, steps)
+    return y
 
 
 def _in_torch(
@@ -282,15 +330,20 @@ def _prepared(q: Tensor, pairs: PastPairs, bandwidth: float, similarity: Similar
     # Only differences of keys count; measured from one of them, large common parts cancel without rounding.
     origin = k[:, :, :1].detach()
     k, target = k - origin, query - origin
-    biases = []
     if similarity == "gaussian":
         query = target
-        biases.append(-k.square().sum(-1) / (2 * bandwidth**2))
-    if weight is not None:
-        given = weight > 0
-        biases.append(torch.where(given, torch.where(given, weight, 1).log(), -torch.inf))
     elapsed = None if log_decay is None else log_decay.double().cumsum(-1)
-    return _Fit(query / bandwidth**2, target, k, v, elapsed, sum(biases[1:], biases[0]) if biases else None)
+    return _Fit(query / bandwidth**2, target, k, v, elapsed, _log_weight(k, weight, bandwidth, similarity))
+
+
+def _log_weight(k: Tensor, weight: Tensor | None, bandwidth: float, similarity: Similarity) -> Tensor | None:
+    """What of a pair's log-weight its key alone decides, and the weight it was given."""
+    of_keys = -k.square().sum(-1) / (2 * bandwidth**2) if similarity == "gaussian" else None
+    if weight is None:
+        return of_keys
+    given = weight > 0
+    of_weights = torch.where(given, torch.where(given, weight, 1).log(), -torch.inf)
+    return of_weights if of_keys is None else of_keys + of_weights
 
 
 def _by_blocks(compute: Callable[..., Tensor], fit: _Fit, how: Settings, size: int) -> Tensor:
