@@ -47,6 +47,7 @@ else
 	mkdir -p _build
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --benchmark-json=_build/ops.cpu.json $(BENCH)
 	$(if $(BENCH),,mv _build/ops.cpu.json benchmarks/results/)
+	$(if $(BENCH),,$(BIN)/python -m benchmarks.training)
 endif
 
 clean:

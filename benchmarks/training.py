@@ -62,7 +62,8 @@ class Products(TorchDispatchMode):
     def _like(self, x: Tensor, place: int) -> Tensor:
         key = (place, tuple(x.shape), x.stride(), x.dtype)
         if key not in self._inputs:
-            self._inputs[key] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_()
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            self._inputs[key] = torch.randn(extent, dtype=x.dtype).as_strided(x.shape, x.stride())
         return self._inputs[key]
 
     def replay(self) -> None:
@@ -208,7 +209,9 @@ def text(made: dict[str, Any]) -> str:
     lines = [f"{name}: {1e3 * row['median']:.1f} ms" for name, row in trained["seconds"].items()]
     lines.append(f"{per_second:.0f} bytes a second trained on, {made['threads']} threads")
     lines += [f"{row['tokens']} tokens: {row['peak_bytes'] / 2**20:.1f} MiB" for row in generated["rows"]]
-    met = [(r["name"], f"{r['value']:.3g}", record.bound(r), "yes" if record.reached(r) else "NO") for r in made["ratios"]]
+    met = [
+        (r["name"], f"{r['value']:.3g}", record.bound(r), "yes" if record.reached(r) else "NO") for r in made["ratios"]
+    ]
     return "\n".join([*lines, record.table(("ratio", "value", "to reach", "reached"), met)])
 
 

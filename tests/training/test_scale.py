@@ -1,6 +1,7 @@
 """More than one process, less memory, fewer bits: what Lightning brings, held to the numbers of a plain run."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import gradients
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from sampling import relative_error
 
+from ttr.cli import main
 from ttr.tasks import Recall
 from ttr.training import TokenPrediction, load_checkpoint
 
@@ -29,6 +32,7 @@ QUIET = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
 
 
@@ -100,6 +104,25 @@ def test_a_sharded_run_resumes_and_becomes_one_file(tmp_path):
     assert last.resolve().name == "epoch=1-step=4.ckpt"
     model = load_checkpoint(last)
     assert model(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every `ttr fit` on the page of the book."""
+    page = (REPOSITORY / "book" / "outgrowing.md").read_text().replace("\\\n", " ")
+    lines = [line.replace("-m ttr.cli fit", "ttr fit") for line in page.splitlines() if " --config " in line]
+    return [shlex.split(line.partition("ttr fit ")[2]) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_the_commands_of_the_book_are_understood(arguments, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["ttr", "fit", *arguments, "--print_config"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert len(arguments) >= 4
+    assert printed["trainer"]["strategy"] != "auto" or len(printed["model"]["init_args"]["design"]) == 4
 
 
 def losses(**options) -> list[float]:
