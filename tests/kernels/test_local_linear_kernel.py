@@ -173,7 +173,7 @@ def test_packed_sequences_equal_each_alone(factors: str, guarded_memory: Any) ->
 
 @pytest.mark.parametrize("similarity", ["exponential", "gaussian"])
 def test_the_op_is_the_same_through_its_kernel(similarity: str) -> None:
-    """Keys far from zero: only their differences count."""
+    """Keys far from zero: only their differences count, of which float32 keeps a digit less."""
     inputs = draw("log_decay", time=60)
     inputs["weight"] = torch.rand(inputs["v"].shape[:3]).to(DEVICE)
     inputs["k"] += 10.0
@@ -185,7 +185,7 @@ def test_the_op_is_the_same_through_its_kernel(similarity: str) -> None:
         )
         assert after.k.shape[1] == 49
         found.append(with_gradients(y, leaves))
-    assert_close(*found, 1e-5)
+    assert_close(*found, 3e-5)
 
 
 def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
