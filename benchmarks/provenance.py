@@ -1,10 +1,12 @@
-"""Where the figures of a record of the kernels come from; a record that does not say is refused."""
+"""Where the figures of a record come from; a record of the kernels that does not say is refused."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +44,28 @@ def provenance(device: str, driver: str | None) -> Record:
     }
 
 
+def on_this_cpu(distributions: Sequence[str], packages: Sequence[str]) -> Record:
+    """Where figures of the CPU come from; `packages` are the parts of ttr whose change makes them old."""
+    import cpuinfo  # a dependency of pytest-benchmark
+    import torch
+
+    return {
+        "device": f"{platform.machine()} CPU, {cpuinfo.get_cpu_info()['brand_raw']}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in distributions},
+        "sources": digest_of_packages(packages),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--", "ttr", "benchmarks", "configs")),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def digest_of_packages(packages: Sequence[str]) -> str:
+    return record.digest_of(*(record.ROOT / "ttr" / package for package in packages))
+
+
 def git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=record.ROOT, capture_output=True, text=True, check=True
@@ -67,10 +91,7 @@ def load(path: Path) -> Record:
 
 
 def write(made: Record, path: Path) -> None:
-    """A row a line."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in made["rows"])
-    head = json.dumps(checked(made) | {"rows": []}, indent=1)
-    path.write_text(head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n", encoding="utf-8")
+    record.write(checked(made), path)
 
 
 def sentence(made: Record) -> str:

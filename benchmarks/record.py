@@ -77,6 +77,13 @@ def load() -> Record:
     return json.loads(RECORDED.read_text(encoding="utf-8"))
 
 
+def write(made: Record, path: Path) -> None:
+    """A row a line, which is what a reader of a difference wants."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in made["rows"])
+    head = json.dumps(made | {"rows": []}, indent=1)
+    path.write_text(head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n", encoding="utf-8")
+
+
 class Figures:
     """A record's rows by op, direction, length and sequences; a `KeyError` for what a slice left out."""
 

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
 from benchmarks.memory import UNIT
-from benchmarks.provenance import git
+from benchmarks.provenance import on_this_cpu
 from ttr.models import RegressionLM
 from ttr.tasks import StandardLibraryText
 from ttr.training import TokenPrediction
@@ -38,6 +34,7 @@ MODEL: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4, "desig
 DATA: dict[str, Any] = {"length": 256, "batch_size": 16}
 WARM_UP = 3  # steps that load libraries and find their memory
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
+DISTRIBUTIONS = ("torch", "numpy", "lightning")
 SOURCES = ("ops", "layers", "models", "tasks", "training")
 SHORT, LONG = 100, 10_000  # tokens to generate
 
@@ -170,8 +167,6 @@ def generation(short: int, long: int, model: dict[str, Any]) -> dict[str, Any]:
 
 def made(steps: int, short: int, long: int, model: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The record. Generation comes first: a peak of training would hide its own."""
-    import cpuinfo  # a dependency of pytest-benchmark
-
     generated = generation(short, long, model)
     trained = training(steps, model, data)
     seconds = {name: row["median"] for name, row in trained["seconds"].items()}
@@ -182,25 +177,11 @@ def made(steps: int, short: int, long: int, model: dict[str, Any], data: dict[st
         (f"generation: resident after {long} tokens / after {short}", last / first, {"at_most": 1.01}),
     ]
     return {
-        "device": f"{platform.machine()} CPU, {cpuinfo.get_cpu_info()['brand_raw']}",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "numpy", "lightning")},
-        "sources": digest(),
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--", "ttr", "benchmarks")),
-        "date": datetime.now(UTC).date().isoformat(),
+        **on_this_cpu(DISTRIBUTIONS, SOURCES),
         "training": trained,
         "generation": generated,
         "ratios": [{"name": n, "value": v, "at_least": None, "at_most": None} | bound for n, v, bound in ratios],
     }
-
-
-def digest() -> str:
-    """Of the sources of what was timed."""
-    return record.digest_of(*(record.ROOT / "ttr" / package for package in SOURCES))
 
 
 def text(made: dict[str, Any]) -> str:

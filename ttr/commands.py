@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import islice
@@ -69,6 +70,20 @@ def sweep(
     statuses = pq.read_table(table, columns=["status"])["status"].to_pylist()
     failed = statuses.count("failed")
     print(f"{table}: {len(statuses) - failed} finished, {failed} failed")
+
+
+def read_study(path: Path) -> Study:
+    """The study of a file that `ttr sweep --config` takes.
+
+    Raises `ValueError` for what is not a study.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study)
+    try:
+        values = vars(parser.instantiate_classes(parser.parse_path(path)))
+    except ArgumentError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Study(**{key.name: values[key.name] for key in fields(Study)})
 
 
 def show(slug: str | None = None) -> None:
