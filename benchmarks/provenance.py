@@ -47,11 +47,9 @@ def provenance(device: str, driver: str | None) -> Record:
 def on_this_cpu(distributions: Sequence[str], packages: Sequence[str]) -> Record:
     """Where figures of the CPU come from; `packages` are the parts of ttr whose change makes them old."""
     import cpuinfo  # a dependency of pytest-benchmark
-    import torch
 
     return {
         "device": f"{platform.machine()} CPU, {cpuinfo.get_cpu_info()['brand_raw']}",
-        "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in distributions},

@@ -44,7 +44,11 @@ def made(study: Study, configuration: str) -> Record:
         **on_this_cpu(DISTRIBUTIONS, SOURCES),
         "configuration": digest(configuration),
         "seconds": end - begin,
-        "rows": [{name: row[name] for name in (*AXES, "steps", "seconds")} | row["metrics"] for row in rows],
+        "rows": [
+            {name: row[name] for name in (*AXES, "steps")}
+            | {name: float(f"{value:.5g}") for name, value in {"seconds": row["seconds"], **row["metrics"]}.items()}
+            for row in rows
+        ],
     }
 
 

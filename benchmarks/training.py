@@ -178,6 +178,7 @@ def made(steps: int, short: int, long: int, model: dict[str, Any], data: dict[st
     ]
     return {
         **on_this_cpu(DISTRIBUTIONS, SOURCES),
+        "threads": torch.get_num_threads(),
         "training": trained,
         "generation": generated,
         "ratios": [{"name": n, "value": v, "at_least": None, "at_most": None} | bound for n, v, bound in ratios],
