@@ -1,8 +1,10 @@
-"""The site stands alone: MathJax is copied into it, and no page loads a script from elsewhere."""
+"""The site stands alone, and its HTML is valid where extensions are not: MathJax is copied into it, and no page loads a
+script from elsewhere."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from importlib.metadata import distribution
 from pathlib import Path
@@ -40,6 +42,18 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict[str,
     ]
 
 
+# What other extensions write on every page they are used on, although an id is unique and this role is no longer one.
+CORRECTIONS = {
+    re.compile(r' id="(?:proof|exercise|solution)(?:-content)?"'): "",
+    re.compile(r'role="doc-biblioentry"'): 'role="listitem"',
+}
+
+
+def correct(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    for wrong, right in CORRECTIONS.items():
+        context["body"] = wrong.sub(right, context.get("body", ""))
+
+
 def point_to_repository(app: Sphinx, config: Config) -> None:
     """Published from GitHub, a chapter opens in Colab: the address is known there and nowhere else."""
     repository = os.environ.get("GITHUB_REPOSITORY")
@@ -52,5 +66,6 @@ def point_to_repository(app: Sphinx, config: Config) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", point_to_repository)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", correct)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

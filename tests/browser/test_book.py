@@ -1,6 +1,7 @@
 """The built book as a reader's browser sees it."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 CONTENTS = yaml.safe_load((Path(__file__).parents[2] / "_toc.yml").read_text())
 PAGES = [CONTENTS["root"]] + [chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"]]
+AXE = files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+# What a reader would look for in each chapter.
+TERMS = {
+    "01_associative_recall": "recall",
+    "02_linear_attention": "capacity",
+    "04_delta_rule": "Householder",
+}
 FIRST_CHAPTER = next(page for page in PAGES if page.startswith("notebooks/"))
 
 
@@ -46,10 +54,44 @@ def test_page_is_typeset_and_asks_for_nothing_from_elsewhere(browser, site, page
     assert browser.find_elements(By.CSS_SELECTOR, "mjx-merror, [data-mjx-error]") == []
 
 
-def test_search_finds_a_word_of_the_first_chapter(browser, site):
-    open_page(browser, f"{site}/search.html?q=recall")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_can_be_used_by_everybody(browser, site, page, theme):
+    """No violation of the WCAG's levels A and AA that a program can find."""
+    browser.get(f"{site}/{page}.html")
+    browser.execute_script(
+        "localStorage.setItem('mode', arguments[0]); localStorage.setItem('theme', arguments[0])", theme
+    )
+    open_page(browser, f"{site}/{page}.html")
+    browser.execute_script(AXE)
+    found = browser.execute_async_script(
+        "const done = arguments[0];"
+        "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']}).then(result => done(result.violations))"
+    )
+    faults = {fault["id"]: [node["html"][:120] for node in fault["nodes"]][:3] for fault in found}
+    browser.execute_script("localStorage.clear()")
+    assert faults == {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_fits_a_phone(browser, site, page):
+    """What is too wide scrolls by itself; the page does not."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        open_page(browser, f"{site}/{page}.html")
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert width <= 390
+
+
+@pytest.mark.parametrize(("chapter", "term"), TERMS.items())
+def test_search_finds_what_a_chapter_is_about(browser, site, chapter, term):
+    open_page(browser, f"{site}/search.html?q={term}")
     found = WebDriverWait(browser, 20).until(
-        lambda browser: browser.find_elements(By.CSS_SELECTOR, f"#search-results a[href*='{FIRST_CHAPTER}']")
+        lambda browser: browser.find_elements(By.CSS_SELECTOR, f"#search-results a[href*='{chapter}']")
     )
     assert found
 
