@@ -212,7 +212,7 @@ for name, gain in gains.items():
     gap = (gap / target.flatten(1).norm(dim=-1, keepdim=True)).cpu()
     distances[name] = gap.quantile(gap.new_tensor([0.1, 0.5, 0.9]), dim=0)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: the share of a pair's error that its own write leaves, against the length of the key, at step size 1. Least mean squares leaves the stable band (grey) for long keys; the normalised step does not see the length; the implicit step cannot overshoot. Right: distance to the true map for keys of log-normal length, median and 10–90 % band over streams. The same step size that is right for a short key makes least mean squares diverge.", "name": "delta-fig-gains"}, "image": {"alt": "Two plots. Left: one minus k transposed g against key length for three gains; the curve of least mean squares falls below minus one. Right: relative error of the memory against the number of pairs for five gains on a logarithmic scale; least mean squares grows, recursive least squares falls fastest."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: the share of a pair's error that its own write leaves, against the length of the key, at step size 1. Least mean squares leaves the stable band (grey) for long keys; the normalised step does not see the length; the implicit step cannot overshoot. Right: distance to the true map for keys of log-normal length, median and the band from the tenth to the ninetieth percentile of the streams. The same step size that is right for a short key makes least mean squares diverge.", "name": "delta-fig-gains"}, "image": {"alt": "Two plots. Left: one minus k transposed g against key length for three gains; the curve of least mean squares falls below minus one. Right: relative error of the memory against the number of pairs for five gains on a logarithmic scale; least mean squares grows, recursive least squares falls fastest."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
 length = torch.linspace(0, 2, 201)
 left.axhspan(-1, 1, color="0.93", zorder=0)
@@ -330,7 +330,9 @@ assert (damped > 0).all()  # with β < 1 no eigenvalue is negative, and no sign 
 # This shows that the numbers exist, and says nothing about whether training finds them.
 # {cite:t}`grazzi2024unlocking` show that it can, and that in finite precision no eigenvalues in $[0, 1]$ solve
 # parity.
-# A later chapter trains such models. In the layers it is the argument `max_step_size=2`.
+# In the layers it is the argument `max_step_size=2`. {doc}`/notebooks/study` trains one layer on streams of $32$ bits
+# and tests it on $64$: its accuracy is {glue:text}`../notebooks/study.ipynb::study_parity_shrinks:.2f` with
+# $\beta \le 1$ and {glue:text}`../notebooks/study.ipynb::study_parity_turns:.2f` with $\beta \le 2$.
 #
 # ## Forgetting, before correcting
 #
@@ -560,6 +562,11 @@ record("delta_solve_digits", rounding["solve"].max().log10(), atol=0.5)
 # DeltaProduct {cite:p}`siems2025deltaproduct` takes $n$, each with a key, a value and a step size of its own.
 # Nothing new is needed: a token becomes $n$ pairs, the memory decays at the first and is read after the last.
 # The transition is then a product of $n$ rank-one changes, so it may be a rotation and not only a reflection.
+#
+# The group S3 of the orders of three things needs that: a cycle is two swaps, that is two reflections.
+# Trained on it, one step a token reaches {glue:text}`../notebooks/study.ipynb::study_s3_one_step:.2f`, two steps
+# {glue:text}`../notebooks/study.ipynb::study_s3_two_steps:.2f`, on sequences twice as long as in training
+# ({doc}`/notebooks/study`).
 
 # %%
 delta_product, n = ttr.atlas["delta_product"], 2
@@ -705,7 +712,7 @@ for name, curve in expected.items():
     assert deviation.square().mean() < 1.5  # one, up to chance
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Recall of all of n = 2d stored pairs, by age: the number of pairs written since, in units of d. Left: squared error, where 1 is the error of answering nothing; lines are means over seeds in bins of d/8 pairs, bands twice their standard error, dots the proposition. Right: the share decoded to the right value out of 1024. The delta rule with step size 1 is exact for the newest pair and loses the oldest; linear attention treats all ages alike; a small step size forgets more slowly, and of these three has the least squared error over all pairs.", "name": "delta-fig-age"}, "image": {"alt": "Two plots against the age of a stored pair. Left, squared error: the delta rule with step size one rises from zero to above one; with step size 0.2 it rises slowly below one; linear attention is flat near two; least squares is flat near one half. Right, decoding accuracy: step size one falls from one to nearly zero, the other three stay high."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Recall of all of n = 2d stored pairs, by age: the number of pairs written since, in units of d. Left: squared error, where 1 is the error of answering nothing; lines are means over seeds in bins of d/8 pairs, bands twice their standard error, dots the proposition. Right: the share decoded to the right value out of 1024. The delta rule with step size 1 is exact for the newest pair and loses the oldest; linear attention treats all ages alike; a small step size forgets more slowly, and of these three has the least squared error over all pairs.", "name": "delta-fig-age"}, "image": {"alt": "Two plots against the age of a stored pair. Left, squared error: the delta rule with step size one rises from zero to above one; with a small step size it rises slowly below one; linear attention is flat near two; least squares is flat near one half. Right, decoding accuracy: step size one falls from one to nearly zero, the other three stay high."}}
 bins = 16
 age = (torch.arange(n).flip(0).double() / d).view(bins, -1).mean(1)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))

@@ -86,6 +86,9 @@ def conjugate_gradient_kernel(
 
     b_x = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     b_rest = load_rows(p_q, o_row, m_row, o_k, K) * b_unit[None, :]
+    # Squares of a gradient that hardly matters would underflow, and the solution is in proportion to it.
+    b_scale = tl.max(tl.abs(b_rest), axis=1)
+    b_rest /= tl.where(b_scale > 0.0, b_scale, 1.0)[:, None]
     b_direction = b_rest
     b_energy = tl.sum(b_rest * b_rest, axis=1)
     b_size = b_energy
@@ -125,7 +128,7 @@ def conjugate_gradient_kernel(
         step += 1
     b_relative = tl.where(m_running, b_energy / tl.maximum(b_size, TINY), 0.0)
     tl.store(p_residual, tl.sqrt(tl.max(b_relative, axis=0)))
-    store_rows(p_x, b_x * b_unit[None, :], o_row, m_row, o_k, K)
+    store_rows(p_x, b_x * b_scale[:, None] * b_unit[None, :], o_row, m_row, o_k, K)
 
 
 def whiten_by_conjugate_gradients(

@@ -242,6 +242,16 @@ def test_half_precision_is_solved_in_float32(how: dict[str, Any], dtype: torch.d
         assert relative_error(actual[name], expected) <= rounding + 2e-5 + 2 * torch.finfo(dtype).eps * (name != "y")
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e15])
+def test_queries_of_any_size_are_solved(size: float) -> None:
+    inputs = draw(40, key=16, state=False)
+    usual, _ = ops.least_squares(**inputs, **STAYS, solver="conjugate_gradients", backend="triton")
+    scale = torch.where(torch.arange(40, device=DEVICE) % 3 == 1, size, 1.0)[:, None, None]
+    inputs["q"] = scale * inputs["q"]
+    y, _ = ops.least_squares(**inputs, **STAYS, solver="conjugate_gradients", backend="triton")
+    torch.testing.assert_close(y / scale, usual, rtol=1e-4, atol=1e-5)
+
+
 @each_ridge
 def test_the_future_and_other_sequences_never_matter(how: dict[str, Any]) -> None:
     inputs = draw(80, batch=2, heads=1, key=8, value=5, state=False)

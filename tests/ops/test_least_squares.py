@@ -370,6 +370,18 @@ def test_half_precision_keeps_its_dtype_and_a_wide_state() -> None:
     assert relative_error(y, definition(exact, ridge_decays=True)[0]) <= 0.01
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e15])
+def test_queries_of_any_size_are_solved(size: float) -> None:
+    """Gradients of tokens that hardly matter are as small, and the backward pass solves for them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    options = {"ridge": torch.full((2, 16), 0.3), "ridge_decays": False, "solver": "conjugate_gradients"}
+    usual, _ = ops.least_squares(q, k, v, **options)
+    scale = torch.where(torch.arange(40) % 3 == 1, size, 1.0)[:, None, None]
+    y, _ = ops.least_squares(scale * q, k, v, **options)
+    torch.testing.assert_close(y / scale, usual, rtol=1e-4, atol=1e-5)
+
+
 def test_says_when_it_has_not_converged() -> None:
     a = arguments("head", 20)
     with pytest.warns(ops.ConvergenceWarning, match=r"residual .* after 2 steps"):
