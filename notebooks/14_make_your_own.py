@@ -297,10 +297,10 @@ assert_close(clipped_delta_rule(q, k, v, step_size, 0.1), y)
 
 # %% [markdown]
 # **What it should be good at: outliers among the values.** A share of the values is multiplied by ten.
-# How far from the true map is the memory after 300 pairs?
+# How far from the true map is the memory after 600 pairs?
 
 # %%
-streams, steps, d = sizes["streams"] // 2, 300, 16
+streams, steps, d = sizes["streams"] // 2, 600, 16
 shares = [0.0, 0.05, 0.1, 0.2, 0.3]
 target = randn(streams, 1, d, 2)
 k = normalize(randn(streams, steps, 1, d), dim=-1)
@@ -333,8 +333,8 @@ plt.show()
 # %%
 clip, delta, exact = (gaps.median(1).values for gaps in distance.values())
 tenth = shares.index(0.1)
-assert clip[tenth] < 0.5 * exact[tenth]
-assert clip[tenth] < 0.2 * delta[tenth]
+assert clip[tenth] < 0.1 * exact[tenth]
+assert clip[tenth] < 0.1 * delta[tenth]
 assert exact[0] < clip[0]  # without outliers the squared error is the better loss
 record("own_outliers_huber", clip[tenth], rtol=0.05)
 record("own_outliers_delta", delta[tenth], rtol=0.05)
@@ -351,9 +351,11 @@ record("own_outliers_exact", exact[tenth], rtol=0.05)
 #
 # ```{math}
 # :label: own-eq-local
-# \min_{c,\, B}\ \sum_{i \le t} \frac{\gamma_i^{(t)}}{\sum_j \gamma_j^{(t)}} \bigl\lVert v_i - c - B (k_i - q_t) \bigr\rVert^2
-#   + \lambda \lVert B \rVert^2, \qquad
-# \gamma_i^{(t)} = e^{-\lVert q_t - k_i\rVert^2 / 2h^2} \prod_{j = i+1}^{t} \alpha_j, \qquad y_t = c .
+# \begin{aligned}
+# y_t = c \quad\text{of}\quad &\min_{c,\, B}\ \sum_{i \le t} \frac{\gamma_i^{(t)}}{\sum_j \gamma_j^{(t)}}
+#   \bigl\lVert v_i - c - B (k_i - q_t) \bigr\rVert^2 + \lambda \lVert B \rVert^2, \\
+# &\gamma_i^{(t)} = e^{-\lVert q_t - k_i\rVert^2 / 2h^2} \prod_{j = i+1}^{t} \alpha_j .
+# \end{aligned}
 # ```
 
 # %%
