@@ -231,8 +231,10 @@ record("exact_belief_gap", (sure.amax(1) / sure.amin(1)).median(), rtol=0.02)
 #
 # ```{math}
 # :label: exact-eq-silence
-# \text{fades:}\quad S_t = (\alpha G_{t-1})^{-1} \alpha\, C_{t-1} = S_{t-1}, \qquad
-# \text{stays:}\quad S_t = (\alpha G_{t-1} + \Lambda)^{-1} \alpha\, C_{t-1} .
+# \begin{aligned}
+# \text{fades:} \quad & S_t = (\alpha G_{t-1})^{-1} \alpha\, C_{t-1} = S_{t-1}, \\
+# \text{stays:} \quad & S_t = (\alpha G_{t-1} + \Lambda)^{-1} \alpha\, C_{t-1} .
+# \end{aligned}
 # ```
 #
 # **Recursive least squares forgets nothing in silence.** Its confidence decays, and its memory does not:
@@ -251,7 +253,7 @@ k[:, :written, :, : d // 2] = normalize(randn(seeds, written, 1, d // 2), dim=-1
 v = normalize(randn(seeds, written + silent, 1, 8), dim=-1)
 log_decay, one = torch.full_like(k[..., 0], alpha).log(), torch.ones_like(k[..., 0])
 ridge = torch.full_like(k[0, 0], lam)
-newest, unseen = k[:, written - 1 : written], eye(d)[-1]
+newest = k[:, written - 1 : written]
 
 memories = {
     "ridge fades (RLS)": (recursive_least_squares, {"ridge": ridge}, 0.0),
@@ -424,7 +426,7 @@ assert_close(corrected, defined, rtol=0, atol=1e-10)
 #
 # ```{prf:theorem} The exact chunk form
 # :label: exact-thm-chunk
-# Let $\tilde K$, $\tilde V$, $Q$ have the $C$ rows of a chunk. With
+# Let $\tilde K$, $\tilde V$, $Q$ have the $C$ rows of a chunk. With (in this section $W$ is a matrix of gains)
 #
 # $$
 # I + \tilde K P_0 \tilde K^\top = L L^\top, \qquad
@@ -496,7 +498,7 @@ for chunk in (1, 7, 16, 100):
 #
 # The shape is the same, and there is more to it than shape.
 # Recursive least squares *is* a delta rule with the gains $g_t = P_t k_t$, so its triangle $I + A$ must be hidden in
-# $L$. It is $L$ with its columns divided by the diagonal:
+# $L$. It is $L$ with its columns divided by the diagonal. With $\Delta$ for the diagonal of $L$:
 #
 # ```{math}
 # :label: exact-eq-ldl
@@ -508,8 +510,7 @@ for chunk in (1, 7, 16, 100):
 # So the factorisation finds every gain of the chunk, and every surprise measured in units of what was expected.
 
 # %%
-K, Q, V = k[0, :24, 0], q[0, :24, 0], v[0, :24, 0]
-P = torch.diag(1 / ridge[0])
+K, P = k[0, :24, 0], torch.diag(1 / ridge[0])
 L = torch.linalg.cholesky(eye(24) + K @ P @ K.T)
 gain, _ = ttr.ops.gains.recursive_least_squares(k[:, :24], ridge)
 G, scale_of = gain[0, :, 0], L.diagonal()
@@ -538,8 +539,8 @@ assert_close(y[:, 70:], begun[:, 20:], rtol=0, atol=1e-6)  # once keys span the 
 #
 # A ridge that stays breaks step 1. Divide the decay out, and the ridge becomes $e^{-c_t} \Lambda$: it changes at
 # every token, in all directions. No factorisation serves two tokens.
-# MesaNet {cite:p}`vonoswald2025mesanet` solves $(G_t + \Lambda)\, x_t = q_t$ iteratively, and answers
-# $y_t = C_t^\top x_t$.
+# MesaNet {cite:p}`vonoswald2025mesanet` solves $(G_t + \Lambda)\, x_t = q_t$ iteratively. Its answer is
+# $C_t^\top x_t$.
 #
 # Conjugate gradients {cite:p}`hestenes1952methods` need no matrix, only products with it. And these we can do:
 #
@@ -556,12 +557,13 @@ assert_close(y[:, 70:], begun[:, 20:], rtol=0, atol=1e-6)  # once keys span the 
 def conjugate_gradients(multiply, right, steps):
     """All iterates x_0, …, x_steps of M x = right, one system a row."""
     x, residual, direction = torch.zeros_like(right), right, right
-    iterates, tiny = [x], torch.finfo(right.dtype).tiny
+    energy, iterates, tiny = dot(right, right), [x], torch.finfo(right.dtype).tiny
     for _ in range(steps):
-        image, energy = multiply(direction), dot(residual, residual)
+        image = multiply(direction)
         length = energy / dot(direction, image).clamp_min(tiny)
         x, residual = x + length * direction, residual - length * image
-        direction = residual + dot(residual, residual) / energy.clamp_min(tiny) * direction
+        before, energy = energy.clamp_min(tiny), dot(residual, residual)
+        direction = residual + energy / before * direction
         iterates.append(x)
     return torch.stack(iterates)
 
@@ -570,7 +572,11 @@ def mesa_in_parallel(q, k, v, log_decay, ridge, steps):
     """For one head, the whole sequence as one chunk."""
     c = log_decay.cumsum(0)[:, None]
     weights = (c - c.T).tril().exp().tril()
-    x = conjugate_gradients(lambda x: (x @ k.T * weights) @ k + ridge * x, q, steps)[-1]
+
+    def multiply(x):
+        return (x @ k.T * weights) @ k + ridge * x
+
+    x = conjugate_gradients(multiply, q, steps)[-1]
     return (x @ k.T * weights) @ v
 
 
@@ -827,8 +833,8 @@ assert (length > 0).all()
 
 # %% [markdown]
 # We store $n$ random pairs and ask for all of them, for every $n$ and every number of steps.
-# Beside it, what four memories hold on one stream as it grows: two that sum and correct, and two exact ones, of the
-# key and of all products of two channels.
+# Beside it, what four memories hold of a stream as it grows: one that sums, one that corrects, and two exact ones, of
+# the key and of all products of two channels.
 
 # %%
 d, seeds, most = sizes["surface"]["key"], sizes["surface"]["seeds"], 3 * sizes["surface"]["key"] // 2
@@ -890,7 +896,7 @@ right.set(xscale="log", xlabel="pairs stored, n", ylabel="squared error of recal
 right.set_xticks([4, key, 4 * key, features], ["4", f"{key}", f"{4 * key}", f"{features}"])
 for axes in (left, right):
     axes.minorticks_off()
-figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=9)
+figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
 plt.show()
 
 # %%
