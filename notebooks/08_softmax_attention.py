@@ -30,6 +30,7 @@ device = "cpu"
 # %%
 import logging
 import math
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
@@ -382,20 +383,21 @@ for name, values in logits.items():
 # %% [markdown]
 # ### Does training notice?
 #
-# The length of a key is also what a large learning rate blows up first. Logits grow with the product of two weight
-# matrices, the softmax saturates, and its gradient vanishes.
+# Lengths matter to training too. Logits grow with the product of two weight matrices. Steps that are too large make
+# them large, the softmax saturates, and its gradient vanishes.
 # {cite:t}`dehghani2023scaling` met this at the scale of eight billion parameters and cured it with QK-norm.
 # A model of one layer is enough to see it.
 # The task is recall of key–value pairs; the models differ in the normalisation of queries and keys and in nothing
 # else.
 
-# %%
+# %% tags=["remove-stderr"]
 from lightning.pytorch import Trainer, seed_everything
 
 from ttr.tasks import Recall
 from ttr.training import TokenPrediction
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
 training = sizes["training"]
 learning_rates = [1e-3, 3e-3, 1e-2, 5e-2, 2e-1]
 
@@ -437,7 +439,7 @@ for (design, results), style in zip(accuracy.items(), ("o-", "^--"), strict=True
     for shift, one in zip(torch.linspace(0.94, 1.06, training["seeds"]).tolist(), results.T, strict=True):
         axes.plot([shift * rate for rate in learning_rates], one, style[0], color=line.get_color(), markersize=5)
 axes.set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
-axes.legend(loc="center right")
+axes.legend(loc="lower center", bbox_to_anchor=(0.4, 0.1))
 plt.show()
 
 # %%
