@@ -387,8 +387,8 @@ for name, values in logits.items():
 # them large, the softmax saturates, and its gradient vanishes.
 # {cite:t}`dehghani2023scaling` met this at the scale of eight billion parameters and cured it with QK-norm.
 # A model of one layer is enough to see it.
-# The task is recall of key–value pairs; the models differ in the normalisation of queries and keys and in nothing
-# else.
+# The task is recall of key–value pairs. The models differ in the normalisation of queries and keys, and in the
+# temperature they start with, which the last paragraph asks for.
 
 # %% tags=["remove-stderr"]
 from lightning.pytorch import Trainer, seed_everything
