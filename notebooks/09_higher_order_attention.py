@@ -252,12 +252,13 @@ for name, weights in hats.items():
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "What each stored value counts in the answer, against its key, for a query amid the keys (left) and at their end (right); dotted: the query, triangles below: the centre of mass of the weights. Amid the keys, constant and line have the same weights. At the end the constant's centre of mass lies inside, away from the query. The line pulls it back by negative weights on far pairs, and the parabola swings once more.", "name": "local-fig-weights"}, "image": {"alt": "Two plots of weights against keys between minus one and one. Left: three bumps around zero, two of them equal, the third narrower with negative sides. Right: at the right end the softmax weights are all positive; those of local linear fall below zero at a distance; those of local quadratic oscillate. Triangles mark centres of mass: that of softmax is left of the query, the others on it."}}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True)
+keys, hats = k[0, :, 0].cpu(), {name: weights.cpu() for name, weights in hats.items()}
 for panel, query, column in zip(panels, q[0, :, 0].tolist(), (0, 1), strict=True):
     panel.axhline(0, color="0.4", linewidth=0.8)
     panel.axvline(query, color="0.4", linewidth=1, linestyle=":")
     for place, ((name, weights), style) in enumerate(zip(hats.items(), ("o-", "s--", "^-."), strict=True)):
-        (line,) = panel.plot(k[0, :, 0], weights[column], style, markersize=3.5, linewidth=1.2, label=name)
-        center = (weights[column] @ k[0, :, 0]).item()
+        (line,) = panel.plot(keys, weights[column], style, markersize=3.5, linewidth=1.2, label=name)
+        center = (weights[column] @ keys).item()
         panel.plot(center, -0.12 - 0.02 * place, "^", color=line.get_color(), markersize=7, clip_on=False)
     panel.set(xlabel="key of the pair", title=f"query at {query:g}", xlim=(-1.05, 1.05))
 panels[0].set(
@@ -363,7 +364,7 @@ for name, order in zip(names, (1, 2, 3), strict=True):
     record(f"local_bias_order_{short[name]}", slopes[name], atol=0.25)
     assert abs(slopes[name] - order) < 0.5
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Size of the bias against the number of pairs, with a bandwidth that shrinks as the theory of the previous chapter asks; bands are two standard errors over seeds, dashed grey lines the leading terms of the theorem. At the boundary every degree gains an order. In the interior constant and line are equal, and only the parabola is better.", "name": "local-fig-bias"}, "image": {"alt": "Two plots with logarithmic axes of bias against number of pairs. Boundary: three falling lines far apart, softmax on top, local linear more than a factor of ten below, local quadratic lower and steeper. Interior: softmax and local linear lie on each other and on the dashed line, local quadratic far below."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Size of the bias against the number of pairs, with a bandwidth that shrinks as the theory of the previous chapter asks; bands are two standard errors over seeds, dashed grey lines the leading terms of the theorem. At the boundary every degree gains an order. In the interior constant and line are equal, and only the parabola is better.", "name": "local-fig-bias"}, "image": {"alt": "Two plots with logarithmic axes of bias against number of pairs. Boundary: three falling lines far apart, softmax on top, local linear far below, local quadratic lower still and steeper. Interior: softmax and local linear lie on each other and on the dashed line, local quadratic far below."}}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True)
 for column, (panel, place) in enumerate(zip(panels, ends, strict=True)):
     for name, style in zip(names, ("o-", "s--", "^-."), strict=True):
