@@ -465,7 +465,7 @@ without_counts = losses(plain)
 #
 # Where does the loss fall? In the figure zero is the table, and up is better.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Bits a byte that a trained memory saves over the two-byte table, mean of the seeds, each seed a dot (left) or the band between seeds (right). Left: by kind of byte, inside the training length. All memories save a little on all bytes; attention alone saves much, and it does so on repeats. Right: by position in the window; the dotted line marks the length of the training windows. Attention starts below the table, then gains with every byte of context, and goes on gaining beyond the length it was trained on. The others gain the same everywhere.", "name": "lm-fig-where"}, "image": {"alt": "Left: grouped bars of bits saved for three kinds of bytes and four memories; the bars of attention on both kinds of repeats are by far the tallest. Right: bits saved against position on a logarithmic axis; three nearly flat curves and one, attention, that rises from below zero to the top."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Bits a byte that a trained memory saves over the two-byte table, mean of the seeds, each seed a dot (left) or the band between seeds (right). Left: by kind of byte, inside the training length. All memories save a little where nothing repeats; attention alone saves much, and it does so on repeats. Right: by position in the window; the dotted line marks the length of the training windows. Attention starts below the table, then gains with every byte of context, and goes on gaining beyond the length it was trained on. The others gain the same everywhere.", "name": "lm-fig-where"}, "image": {"alt": "Left: grouped bars of bits saved for three kinds of bytes and four memories; the bars of attention on both kinds of repeats are by far the tallest. Right: bits saved against position on a logarithmic axis; three nearly flat curves and one, attention, that rises from below zero to the top."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.15, 1))
 within = torch.zeros_like(repeated)
 within[:, 32:train_length] = True
@@ -530,7 +530,7 @@ if scale == "smoke":
 # The share {glue:text}`lm_gap_share:.2f` of the gap between the two models is made on repeats.
 # {cite:t}`arora2023zoology` found the same of models many sizes larger.
 #
-# Why do the other three not recall? For two of them it is not a lack of state: untrained memories of the same size
+# Why do the other three not recall? It is not for lack of state alone: untrained memories of the same size
 # recalled most repeats above. They were given good keys; a trained layer has to find them, and in a few hundred steps
 # only attention does. Its weights are sharp at any key that is a little nearer than the rest, so half a solution pays
 # already. A memory of fixed size pays for half-good keys with interference in everything it stores.
@@ -539,8 +539,8 @@ if scale == "smoke":
 #
 # ## Beyond the training length
 #
-# The right panel of {numref}`lm-fig-where` asks the models about windows longer than any they were trained on. Their
-# loss does not rise. Nothing in these layers counts positions, so nothing is out of range, and a memory that is handed
+# The right panel of {numref}`lm-fig-where` asks the models about windows longer than any they were trained on. What they
+# save over the table does not fall off. Nothing in these layers counts positions, so nothing is out of range, and a memory that is handed
 # on is the memory of the whole text. A window read in pieces gives the same numbers as one read at once:
 
 # %%
@@ -652,7 +652,7 @@ surprise, again = torch.stack(surprise), torch.stack(again)
 assert surprise[-1].mean() > surprise[0].mean() + 0.5
 assert again[0].mean() > again[-1].mean() + 0.2
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Samples of the ordinary model at several temperatures, a dot each, and their mean: bits a byte under the two-byte table (left) and the share of bytes that repeat the sample itself (right); dashed, the same of real text of that length. Cold samples repeat themselves more than any text does, hot ones are more surprising than text. Near temperature one the mean is closest to the text.", "name": "lm-fig-temperature"}, "image": {"alt": "Two plots against temperature. Left, bits a byte rise with temperature and cross the dashed line of real text. Right, the share of repeats falls with temperature and crosses the dashed line of real text."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Samples of the ordinary model at several temperatures, a dot each, and their mean: bits a byte under the two-byte table (left) and the share of bytes that repeat the sample itself (right); dashed, the same of real text of that length. Cold samples repeat themselves more than text does and surprise the table less, hot ones do the opposite; in between, both means cross those of the text.", "name": "lm-fig-temperature"}, "image": {"alt": "Two plots against temperature. Left, bits a byte rise with temperature and cross the dashed line of real text. Right, the share of repeats falls with temperature and crosses the dashed line of real text."}}
 figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.2))
 real = windows[:, :400]
 references = bits(count_logits(real[:, :-1]), real).mean(), repeats(real, memory_span)[1].float().mean()
@@ -678,8 +678,8 @@ plt.show()
 # ```
 #
 # Any folder of text is read in the same way, and split by file into training, validation and test. With the extra `hf`,
-# and the network once, any text data set of the Hugging Face Hub comes with any of its tokenizers; `TokenizedText` then
-# also reports bits a byte where it can be compared. Heavier models are a change of numbers, several designs a list:
+# and the network once, any text data set of the Hugging Face Hub comes with any of its tokenizers. Its loss is in nats
+# a token: divide by $\ln 2$ and by the mean number of bytes of a token to compare. Heavier models are a change of numbers, several designs a list:
 #
 # ```bash
 # ttr fit --config configs/stdlib_text.yaml --data.corpus some/folder --data.pattern '*.txt'
@@ -699,7 +699,7 @@ plt.show()
 # - **Bits, in general.** Source code repeats itself more than prose does. The share of repeats is a property of the text.
 # - **Long context.** Windows here are a page long. Nothing shows how a state behaves after a book.
 # - **Speed.** That the state is constant is asserted; what it buys in time is on the page about {doc}`/notebooks/speed`.
-# - **The counts.** Adding a table helps a small model. A large one learns it early and gains nothing.
+# - **The counts.** Adding a table helps a small model. Whether a large one would still gain, these runs do not tell.
 #
 # ## Limits
 #
@@ -713,7 +713,6 @@ plt.show()
 
 # %%
 y, _ = ttr.regress(ttr.atlas["linear_attention"], now, before, now)
-appeared = (before[0, :, 0] @ now[0, :, 0].T).tril()  # was the context of token i the byte that token t is?
 follows = torch.stack(
     [now[0, : t + 1, 0][before[0, : t + 1, 0] @ now[0, t, 0] > 0].sum(0) for t in range(len(start) - 1)]
 )
