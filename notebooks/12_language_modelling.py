@@ -81,7 +81,7 @@ train_length, memory_span = sizes["data"]["length"], 6  # how many bytes make a 
 #
 # So the loss divided by $\ln 2$ is the length of the compressed text. Knowing nothing costs
 # $\log_2 256 = 8$ bits a byte. {cite:t}`shannon1951prediction` asked the same of people who guessed English letters.
-# The number depends on the text and not on how it is cut into tokens, which is why we count bits a *byte*.
+# Models that cut the text into different tokens can still be compared by it, which is why we count bits a *byte*.
 #
 # The text is split by file: nothing that we validate on was trained on. We take windows, evenly spread over the
 # validation files, that are longer than the windows of the training.
