@@ -17,8 +17,8 @@
 # How does the recurrence become matrix products, and what limits its speed then?
 #
 # Cut the sequence into chunks: products inside a chunk, one state between chunks, and for memories that correct
-# themselves one triangular system. Then the traffic of memory limits a Hebbian sum, and the wait of one product for
-# another limits the delta rule.
+# themselves one triangular system. By our estimate for one GPU, the traffic of memory then limits a Hebbian sum, and
+# products that wait for one another limit the delta rule.
 # This chapter derives the chunk forms as a GPU launches them, counts what they compute and move, holds the counts
 # against a roofline, writes a Triton kernel and runs it without a GPU, and looks at where digits get lost.
 # Nothing is timed here. {doc}`/notebooks/speed` has the measurements.
@@ -74,7 +74,7 @@ def relative_error(found, exact):
 
 
 def kept_bytes(form, *inputs):
-    """What autograd keeps for the backward pass, beyond the inputs, in bytes a token."""
+    """What autograd keeps beyond the inputs, in bytes a token."""
     own, seen = {x.untyped_storage().data_ptr() for x in inputs}, {}
 
     def pack(x):
@@ -440,7 +440,7 @@ record("chunk_intensity_128", intensities[128])
 # {glue:text}`chunk_largest` tokens they take half of the registers of a multiprocessor.
 # So linear attention is limited by memory at every chunk that fits: at $C = 128$ its intensity is
 # {glue:text}`chunk_intensity_128:.0f` operations a byte.
-# All one can ask of $C$ is that the states do not dominate, which they stop to do at
+# All one can ask of $C$ is that the states do not dominate, which ends at
 # {glue:text}`chunk_balance:.0f` tokens. That is why kernels have chunks of $64$ or $128$.
 #
 # There is another way out. If one program walks along a whole sequence with its state in registers, no state is
@@ -814,7 +814,7 @@ HTML(
 
 # %% [markdown]
 # On the two targets that have room, no forward kernel spills at this size. The older `sm_80`, with less shared memory
-# and other product instructions, does spill, and so do some of the backward kernels.
+# and other product instructions, does spill, and so do `gfx942` and some of the backward kernels.
 # A thread has at most $255$ registers: the kernels that come near it hold a state and a chunk at once, and their
 # chunk could not be larger.
 #
@@ -1029,7 +1029,7 @@ plt.show()
 # [returned infinities](https://github.com/huawei-csl/megagdn-pto/pull/74) for the keys of a trained model.
 #
 # **States are float32, whatever the inputs are.** A state is a sum over thousands of tokens. In bfloat16, which has
-# eight bits, a sum stops to grow once a term is below half of its last bit.
+# eight bits, a sum stops growing once a term is below half of its last bit.
 # Where a bfloat16 tile meets a float32 state, rounding the state would undo this, and TF32 would keep eleven bits of
 # it. The kernels cut the float32 operand into two bfloat16 parts, two products at the fast rate.
 
@@ -1096,7 +1096,7 @@ record("chunk_kept_chunked", kept["chunked"], rtol=0.5)
 
 # %% [markdown]
 # At $T = 1024$ and $d = 32$ the recurrence keeps {glue:text}`chunk_kept_recurrent:.0f` bytes a token, most of it a
-# state, the quadratic form {glue:text}`chunk_kept_quadratic:.0f`, a number for each pair and more for longer sequences,
+# state, the quadratic form {glue:text}`chunk_kept_quadratic:.0f`, several numbers for each pair, so more for longer sequences,
 # the chunk form {glue:text}`chunk_kept_chunked:.0f`.
 # The package's kernel keeps nothing beyond its inputs. It pays with another pass for states and scores, by
 # {eq}`chunk-eq-cost` half of a forward's operations, in a computation that waits for memory anyway.
