@@ -303,7 +303,7 @@ for n in range(4):  # the scan
     box(scan, 2.6 * n, 0, 2.0, 1, f"chunk {n}", "#d6e8f5")
     box(scan, 2.6 * n + 0.4, 2, 1.2, 0.9, f"$U_{n}$", size=8)
     box(scan, 2.6 * n + 0.4, 4, 1.2, 0.9, f"$S_{n}$", "#fbe3d3")
-    box(scan, 2.6 * n, 6, 2.0, 1, f"$Y$, chunk {n}", "#d6e8f5")
+    box(scan, 2.6 * n, 6, 2.0, 1, f"$Y_{n}$", "#d6e8f5")
     arrow(scan, (2.6 * n + 1, 1), (2.6 * n + 1, 2))
     arrow(scan, (2.6 * n + 1, 4.9), (2.6 * n + 1, 6))
     if n < 3:
@@ -325,7 +325,7 @@ for s in range(4):
         arrow(segments, (2.4 * s + 1.7, 1.0), (2.4 * s + 3.1, 2.3), orange)
 for height, text in ((-0.75, "1. each from zero, at once"), (6.3, "3. each from its own state, at once")):
     segments.text(4.8, height, text, ha="center", fontsize=8)
-segments.text(9.9, 3.75, "2. scan over segments", ha="right", fontsize=8)
+segments.text(-0.3, 1.5, "2. scan", fontsize=8)
 segments.set(xlim=(-0.4, 10), ylim=(-1.2, 7.2), title="segments, for few heads")
 
 place = torch.arange(8)
@@ -1023,7 +1023,8 @@ plt.show()
 
 # %% [markdown]
 # On the grid of the right panel the factored form fails first at a mean log-decay of
-# {glue:text}`chunk_overflow:.1f`. In the left panel, at $C = 64$ and a correlation of one half, the logarithm (base ten) of the series' relative error is
+# {glue:text}`chunk_overflow:.1f`.
+# In the left panel, at $C = 64$, the logarithm (base ten) of the series' relative error is
 # {glue:text}`chunk_series_digits:.1f`; by blocks it is {glue:text}`chunk_blocks_digits:.1f` at its worst.
 # It does happen: a kernel that doubled over a whole chunk in half precision
 # [returned infinities](https://github.com/huawei-csl/megagdn-pto/pull/74) for the keys of a trained model.
