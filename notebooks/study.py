@@ -236,7 +236,8 @@ record("study_s3_two_steps", accuracy["delta_product", "s3_2"])
 # ## One short convolution
 #
 # A recall task shows key, value, key, value. To store a pair a layer has to bring both to one token. A convolution of two
-# taps on the keys does that; without it, one layer is at chance, one in six.
+# taps on the keys does that; without it, one layer is at chance, one in six. Two layers could do without it if they knew
+# where a token is. Nothing in these layers says so, and they stay at chance.
 
 # %% tags=["remove-input"]
 accuracy = shown(

@@ -16,7 +16,18 @@ AXE = files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8"
 TERMS = {
     "01_associative_recall": "recall",
     "02_linear_attention": "capacity",
+    "03_state_space_models": "eigenvalues",
     "04_delta_rule": "Householder",
+    "05_online_learners": "gain",
+    "06_exact_least_squares": "conjugate",
+    "07_neural_memories": "Huber",
+    "08_softmax_attention": "bandwidth",
+    "09_higher_order_attention": "boundary",
+    "10_keys_and_values": "convolution",
+    "11_training_on_tasks": "parity",
+    "12_language_modelling": "bits",
+    "13_kernels": "roofline",
+    "14_make_your_own": "template",
 }
 FIRST_CHAPTER = next(page for page in PAGES if page.startswith("notebooks/"))
 
@@ -66,7 +77,8 @@ def test_page_can_be_used_by_everybody(browser, site, page, theme):
     browser.execute_script(AXE)
     found = browser.execute_async_script(
         "const done = arguments[0];"
-        "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']}).then(result => done(result.violations))"
+        "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})"
+        ".then(result => done(result.violations))"
     )
     faults = {fault["id"]: [node["html"][:120] for node in fault["nodes"]][:3] for fault in found}
     browser.execute_script("localStorage.clear()")
@@ -85,6 +97,10 @@ def test_page_fits_a_phone(browser, site, page):
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert width <= 390
+
+
+def test_every_chapter_has_a_term_to_search_for():
+    assert [page.partition("/")[2] for page in PAGES if page.partition("/")[2][:2].isdigit()] == list(TERMS)
 
 
 @pytest.mark.parametrize(("chapter", "term"), TERMS.items())
