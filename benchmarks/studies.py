@@ -39,11 +39,10 @@ def made(study: Study, configuration: str) -> Record:
             f"{study.folder}: expected all {len(runs)} runs to be finished, {len(missing)} are not: {first}"
         )
     rows = [found[key] for key in runs]
-    begin, end = min(row["started"] for row in rows), max(row["started"] + row["seconds"] for row in rows)
     return {
         **on_this_cpu(DISTRIBUTIONS, SOURCES),
         "configuration": digest(configuration),
-        "seconds": end - begin,
+        "seconds": sum(row["seconds"] for row in rows),  # of one core
         "rows": [
             {name: row[name] for name in (*AXES, "steps")}
             | {name: float(f"{value:.5g}") for name, value in {"seconds": row["seconds"], **row["metrics"]}.items()}
@@ -73,8 +72,8 @@ def sentence(made: Record, configuration: Path) -> str:
     """Where and when, and whether anything has changed since, as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return (
-        f"{len(made['rows'])} runs in {made['seconds'] / 60:.0f} minutes on {made['cores']} cores of an "
-        f"{made['device']}, {made['date']}; {versions}; "
+        f"{len(made['rows'])} runs, {made['seconds'] / 60:.0f} minutes of one core of an {made['device']}, in all, "
+        f"{made['date']}; {versions}; "
         f"commit `{made['commit'][:12]}`{' and changes' * made['changed']}."
         + f" **Older than the sources:** `ttr sweep --config configs/{configuration.name}` makes the runs anew."
         * stale(made, configuration)
