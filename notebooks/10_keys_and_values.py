@@ -579,9 +579,10 @@ assert margins["least squares"][enough].mean(1).min() > 0.99  # as many channels
 # {glue:text}`keys_blind_least_squares:.3f` and {glue:text}`keys_blind_softmax:.3f`. Chance is
 # {glue:text}`keys_chance:.3f`.
 #
-# With keys of fewer channels than pairs a linear memory cannot give back each value.
-# The means over seeds are {glue:text}`keys_small_linear_attention:.2f`, {glue:text}`keys_small_delta_rule:.2f` and
-# {glue:text}`keys_small_least_squares:.2f`, and that of softmax attention is {glue:text}`keys_small_softmax:.2f`.
+# With keys of fewer channels than pairs a linear memory cannot give back each value free of the others.
+# The means over seeds are {glue:text}`keys_small_linear_attention:.2f` (linear attention),
+# {glue:text}`keys_small_delta_rule:.2f` (delta rule) and {glue:text}`keys_small_least_squares:.2f` (least squares), and
+# that of softmax attention is {glue:text}`keys_small_softmax:.2f`.
 # It stores the pairs themselves, and a few channels are plenty to tell as many directions apart.
 # By hand, with random keys of this size, its margin is {glue:text}`keys_margin_softmax:.2f`, that of
 # least squares {glue:text}`keys_margin_least_squares:.2f`, of linear attention
