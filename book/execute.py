@@ -47,6 +47,7 @@ KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a caller's `agg` would drop every figure
     "OMP_NUM_THREADS": "1",  # the order of a sum, so its last digits, depends on the number of threads
     "PYTHONHASHSEED": "0",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, of a widget that a page could not show
 }
 NOTEBOOK_METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

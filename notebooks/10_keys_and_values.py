@@ -42,7 +42,6 @@ import ttr
 from ttr.book import record, use_style
 
 use_style()
-warnings.filterwarnings("ignore", message="IProgress")  # of a progress bar that is not used
 sizes = {
     "smoke": {
         "task": {"vocab_size": 128, "length": 32, "num_pairs": 6},

@@ -42,7 +42,6 @@ import ttr
 from ttr.book import record, use_style
 
 use_style()
-warnings.filterwarnings("ignore", message="IProgress")  # of a progress bar that is not used
 sizes = {
     "smoke": {
         "data": {"length": 256, "batch_size": 4, "num_train": 400, "num_val": 1},

@@ -273,7 +273,6 @@ for name, (wrong, meant) in mistakes.items():
 
 
 # %%
-warnings.filterwarnings("ignore", message="IProgress")  # of a progress bar that is not used
 from ttr.tasks import recall_batch
 
 

@@ -42,14 +42,12 @@ device = "cpu"
 
 # %% tags=["remove-cell"]
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 from IPython.display import Markdown
 from torch.nn.functional import normalize
 
-warnings.filterwarnings("ignore", message="IProgress")  # of a progress bar that is not used
 sys.path.insert(0, "..")  # the records are beside the package, not in it
 import ttr
 from benchmarks import studies
