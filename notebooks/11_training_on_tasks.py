@@ -50,8 +50,8 @@ warnings.filterwarnings("ignore", module="lightning")
 sizes = {
     "smoke": {
         "seeds": 2,
-        "regression": {"batch_size": 64, "num_train": 300, "num_val": 32},
-        "parity": {"batch_size": 32, "num_train": 250, "num_val": 4},
+        "regression": {"batch_size": 64, "num_train": 300, "num_val": 20},
+        "parity": {"batch_size": 32, "num_train": 200, "num_val": 4},
         "recall": {"batch_size": 32, "num_train": 300, "num_val": 8},
         "sequences": 2048,
         "systems": 8,
