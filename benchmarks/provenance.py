@@ -55,7 +55,7 @@ def on_this_cpu(distributions: Sequence[str], packages: Sequence[str]) -> Record
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in distributions},
         "sources": digest_of_packages(packages),
         "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--", "ttr", "benchmarks", "configs")),
+        "changed": bool(git("status", "--porcelain", "--", "ttr", "configs", ":(glob)benchmarks/*.py")),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

@@ -54,7 +54,7 @@ sizes = {
         "parity": {"batch_size": 32, "num_train": 200, "num_val": 4},
         "recall": {"batch_size": 32, "num_train": 300, "num_val": 8},
         "sequences": 2048,
-        "systems": 8,
+        "systems": 16,
     },
     "full": {
         "seeds": 5,
@@ -227,7 +227,7 @@ estimators = {  # of x, y, query and one number
     "linear_attention": lambda x, y, q, a: ask("linear_attention", x, y, a * q),
     "delta_net": lambda x, y, q, a: ask("delta_net", x, y, q, step_size=torch.full_like(y[:, :, None], a)),
     "softmax_attention": softmax,
-    "recursive_least_squares": lambda x, y, q, a: ask("intention", x, y, q, ridge=x.new_full((1, d), a)),
+    "recursive_least_squares": lambda x, y, q, a: ask("recursive_least_squares", x, y, q, ridge=x.new_full((1, d), a)),
 }
 # The same kernel in the package, to be sure of the bandwidth's meaning:
 kernel = ttr.Design(ttr.Kernel(ttr.Gaussian(), bandwidth=0.9), ttr.LocalPolynomial(0), ttr.Exact())
@@ -252,7 +252,7 @@ def chosen(slug, held_out):
 steps = torch.linspace(0.005, 0.075, 15)
 x, y, query, wanted = sequences(sizes["sequences"], n)
 by_step = torch.tensor([missed(estimators["linear_attention"](x, y, query, a), wanted) for a in steps.tolist()])
-numbers_of_pairs = [2, 4, 6, 8, 10, 12, 16, 24, 32]
+numbers_of_pairs = [2, 4, 6, 8, 12, 16, 24, 32]
 by_pairs = {slug: [] for slug in names}
 for pairs in numbers_of_pairs:
     held_out, fresh = sequences(512, pairs), sequences(sizes["sequences"], pairs)
@@ -262,13 +262,13 @@ for pairs in numbers_of_pairs:
 by_pairs = {slug: torch.tensor(found) for slug, found in by_pairs.items()}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "In-context linear regression without any training, d = 8. Left: the error of one gradient step from zero against its size, drawn at random (points, two standard errors) and by the theorem (line), with the best step marked. Right: what memories miss given the same keys and values, against the number of pairs; lines are means, bands two standard errors, the dotted line the theorem. Least squares falls off a cliff once there are as many pairs as dimensions. One pass of the delta rule gains on one step with every pair. Softmax averages neighbours, and in eight dimensions has few.", "name": "train-fig-steps"}, "image": {"alt": "Left: a parabola of error against step size with points on it. Right: error on a logarithmic axis against the number of pairs for four memories. Least squares drops by two orders of magnitude near eight pairs; delta rule, linear attention and softmax attention fall slowly, in this order."}}
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4))
 line = torch.linspace(0, 0.08, 200)
 left.plot(line, 1 - 2 * line * n + line**2 * n * (n + D), color="0.4", label="theorem")
 left.errorbar(steps, by_step[:, 0], 2 * by_step[:, 1], fmt="o", markersize=4, label="random sequences")
 left.plot([1 / (n + D)], [D / (n + D)], marker="*", markersize=15, color="#D55E00", linestyle="", label="best step")
 left.set(xlabel="step size η", ylabel="share of the variance missed", ylim=(0, 1.1))
-left.legend()
+left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 for slug, found in by_pairs.items():
     mean, spread = found.T
     (drawn,) = right.plot(numbers_of_pairs, mean, marker=markers[slug], label=names[slug])
@@ -277,7 +277,7 @@ for slug, found in by_pairs.items():
     )
 right.plot(numbers_of_pairs, [D / (m + D) for m in numbers_of_pairs], color="black", linestyle=":", label="theorem")
 right.set(xlabel="pairs in the context", ylabel="share of the variance missed", yscale="log")
-right.legend()
+right.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), ncols=2)
 plt.show()
 
 # %%
@@ -361,7 +361,7 @@ def learn_in_context(slug, seed, learning_rate):
 # each of them. Two memories, three rates, every seed:
 
 # %%
-rates = [5e-3, 2e-2, 5e-2]
+rates = [2e-3, 1e-2, 5e-2]
 swept = {
     (slug, rate): [learn_in_context(slug, seed, rate) for seed in range(sizes["seeds"])]
     for slug in ("linear_attention", "delta_net")
@@ -379,7 +379,7 @@ validated = {key: sum(metrics["val_loss"] for _, metrics in runs) for key, runs 
 best_rate = {slug: min(rates, key=lambda rate: validated[slug, rate]) for slug in ("linear_attention", "delta_net")}
 trained = {slug: swept[slug, rate] for slug, rate in best_rate.items()}
 for slug in ("softmax_attention", "recursive_least_squares"):
-    trained[slug] = [learn_in_context(slug, seed, 2e-2) for seed in range(sizes["seeds"])]
+    trained[slug] = [learn_in_context(slug, seed, rates[1]) for seed in range(sizes["seeds"])]
 in_context = {slug: torch.tensor([m["test_loss"] for _, m in runs]) for slug, runs in trained.items()}
 
 # %% [markdown]
@@ -402,7 +402,7 @@ apart = torch.tensor(
     [[(answered[a] - estimated[b]).square().mean().item() for b in names] for a in names], dtype=torch.float64
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: error after training against the learning rate; a point is a seed, lines join the means. At the two lower rates the delta rule wins clearly. At the highest it has learnt nothing, and the same two memories are ranked the other way round. Right: mean squared distance between the answers of trained layers (rows) and of untrained estimators given the keys and values (columns); dark is near. The layers of linear attention and of least squares have become their estimators.", "name": "train-fig-became"}, "image": {"alt": "Left: share of variance missed against the learning rate for linear attention and the delta rule; the lines cross between the second and the third rate. Right: a table of four by four coloured cells with the distance written in each; the smallest of the rows of linear attention, delta rule and least squares stands on the diagonal."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: error after training against the learning rate; a point is a seed, lines join the means. At the two lower rates the delta rule wins clearly. At the highest it has learnt nothing, and the same two memories are ranked the other way round. Right: mean squared distance between the answers of trained layers (rows) and of untrained estimators given the keys and values (columns); dark is near. The layers of linear attention, of the delta rule and of least squares have become their estimators; softmax attention has not.", "name": "train-fig-became"}, "image": {"alt": "Left: share of variance missed against the learning rate for linear attention and the delta rule; the lines cross between the second and the third rate. Right: a table of four by four coloured cells with the distance written in each; the smallest of the rows of linear attention, delta rule and least squares stands on the diagonal."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.8, 4.2), width_ratios=(1, 1.15))
 for slug in ("linear_attention", "delta_net"):
     (drawn_line,) = left.plot(rates, [losses[slug, rate].mean() for rate in rates], label=names[slug])
@@ -440,8 +440,11 @@ right.spines[:].set_visible(False)
 plt.show()
 
 # %%
-slow, middle, fast = (losses["delta_net", rate].mean() / losses["linear_attention", rate].mean() for rate in rates)
-assert max(slow, middle) < 1 < fast  # the ranking depends on the rate
+for low_rate in rates[:2]:
+    assert losses["delta_net", low_rate].max() < losses["linear_attention", low_rate].min()
+assert losses["delta_net", rates[-1]].min() > losses["linear_attention", rates[-1]].max()  # ranked the other way round
+if scale == "smoke":
+    assert set(best_rate.values()) == {rates[1]}  # inside the grid, not at its end
 assert (in_context["linear_attention"] > D / (n + D) - 0.03).all()  # no layer beats the theorem, up to the test's noise
 assert (in_context["linear_attention"] < D / (n + D) + 0.06).all()
 assert in_context["recursive_least_squares"].max() < 0.02
@@ -451,11 +454,13 @@ linear, delta, _, exact = apart
 assert linear.argmin() == 0
 assert linear[0] < 0.05
 assert delta.argmin() == 1
+assert delta[1] < 0.05
 assert exact.argmin() == 3
 assert exact[3] < 0.02
 for slug, short in zip(names, ("linear", "delta", "softmax", "exact"), strict=True):
     record(f"train_icl_{short}", in_context[slug].mean(), atol=0.05 if short != "exact" else 0.005)
 record("train_apart_linear", linear[0], atol=0.03)
+record("train_apart_delta", delta[1], atol=0.03)
 record("train_apart_exact", exact[3], atol=0.005)
 record("train_rate_high", losses["delta_net", rates[-1]].mean(), atol=0.3)
 
@@ -467,9 +472,12 @@ record("train_rate_high", losses["delta_net", rates[-1]].mean(), atol=0.3)
 # The layer with an exact solver misses {glue:text}`train_icl_exact:.4f`. The delta rule is between them, at
 # {glue:text}`train_icl_delta:.3f`: it also takes one step a pair, but each from where the last one ended.
 #
+# Its layer is as near to an untrained pass of the delta rule ({glue:text}`train_apart_delta:.3f`).
+#
 # Softmax attention with one head misses {glue:text}`train_icl_softmax:.3f`, worse than linear attention. An average of
-# values cannot leave their range, and cannot point away from a key with a negative weight.
-# Two heads can take a difference; the config `study_in_context.yaml` has that comparison.
+# values cannot leave their range, and cannot point away from a key with a negative weight. That is not all: the untrained
+# kernel average misses {glue:text}`train_kernel_found:.3f`, so this short training at an untuned rate has not found the
+# best that the design has. Two heads can take a difference of two averages, and {doc}`/notebooks/study` trains those.
 #
 # And the left panel is a warning. Had we picked the highest rate for everybody, we would have reported that the delta
 # rule learns nothing in context: it misses {glue:text}`train_rate_high:.2f` there.
@@ -533,8 +541,19 @@ for beta, most in ((2.0, T - 1), (1.0, 0), (0.5, 0)):
 # %% [markdown]
 # Will training find the reflection? One layer reads $12$ bits in training and is tested on $24$.
 # The five models differ in their memory and in nothing else.
+# Three of them are out before training starts: what they answer does not depend on the order of the past.
 
 # %%
+q, k, v = randn(1, 20, 1, 6), randn(1, 20, 1, 6), randn(1, 20, 1, 3)
+shuffled = torch.cat([torch.randperm(19, generator=generator), torch.tensor([19])]).to(device)  # the last token stays
+for slug in names:
+    settings = {"step_size": v.new_full((1, 20, 1), 0.2), "ridge": v.new_full((1, 6), 0.1)}
+    settings = {name: settings[name] for name in ttr.atlas[slug].inputs}
+    one, other = (
+        ttr.regress(ttr.atlas[slug], *z, **settings)[0][:, -1] for z in ((q, k, v), (q, k[:, shuffled], v[:, shuffled]))
+    )
+    assert torch.allclose(one, other) == (slug != "delta_net")
+
 parity = StateTracking("parity", length=12, val_length=24, **sizes["parity"])
 trackers = {(slug, 2.0): names[slug] for slug in names} | {("delta_net", 1.0): "delta rule, β ≤ 1"}
 trackers["delta_net", 2.0] = "delta rule, β ≤ 2"
@@ -556,7 +575,7 @@ tracked = {
     for slug, most in trackers
 }
 bits, parities = (
-    torch.cat(parts).to(device) for parts in zip(*(parity.draw("test", i) for i in range(4)), strict=True)
+    torch.cat(parts).to(device) for parts in zip(*(parity.draw("test", i) for i in range(24)), strict=True)
 )
 with torch.no_grad():
     by_position = {
@@ -590,8 +609,8 @@ record("train_parity_one", by_position["delta_net", 1.0].mean(), atol=0.05)
 # %% [markdown]
 # With $\beta \le 2$ the accuracy is {glue:text}`train_parity_two:.2f`, with $\beta \le 1$
 # {glue:text}`train_parity_one:.2f`, for the same layer with the same number of parameters.
-# The exact least-squares memory fails as well: its answer does not depend on the order of the pairs, and so what it
-# knows of the past is a multiset. The number of ones is in there, but its parity would have to be read out of a sum.
+# To the other three the past is a multiset. The number of ones is in it, but a parity would have to be read out of a sum,
+# by a fixed function that turns as often as there are tokens.
 # The group S3 takes two reflections a token. {doc}`/notebooks/study` trains that, for more steps than fit here.
 #
 # ## Recall: room for the pairs
@@ -632,6 +651,11 @@ record("train_recall_delta", recall_accuracy["delta_net"].mean(), atol=0.12)
 record("train_recall_exact", recall_accuracy["recursive_least_squares"].mean(), atol=0.12)
 
 # %% [markdown]
+# Softmax attention recalls {glue:text}`train_recall_softmax:.2f`, linear attention {glue:text}`train_recall_linear:.2f`,
+# the delta rule {glue:text}`train_recall_delta:.2f`, least squares {glue:text}`train_recall_exact:.2f`.
+# The last three have room for half of the pairs, and this short training has not used all of it. The ranking among them
+# says nothing: their seeds differ as much as they do.
+#
 # ## The three jobs together
 #
 # All numbers of this chapter's training on one scale, on which one is perfect: accuracy for recall and parity, the share
@@ -673,7 +697,7 @@ axes.set_xticks(
 axes.set_yticks(range(4), list(names.values()))
 axes.set(xlabel="job", ylabel="memory")
 axes.xaxis.set_ticks_position("top")
-axes.xaxis.set_label_position("top")
+axes.xaxis.set_label_position("bottom")
 axes.tick_params(length=0)
 axes.grid(visible=False)
 axes.spines[:].set_visible(False)
@@ -690,7 +714,7 @@ for column, slug in enumerate(winners):
 # %% [markdown]
 # The table was read off the designs before it was measured: the one that keeps everything, the one with eigenvalues below
 # zero, the one that solves.
-# What training could choose, it chose equally well for all.
+# Which is darkest in a column we knew. How dark the others are depends on the training too, and we did not tune it.
 # {doc}`/notebooks/study` has the same map for every published design and eight tasks, {doc}`/notebooks/choosing_a_memory`
 # turns it into advice.
 #
@@ -744,7 +768,7 @@ for kind, saturation in kinds.items():
         best = min(options, key=lambda candidate: one_ahead(candidate, *held_out)[:, late:].mean().item())
         identified[kind, name] = one_ahead(best, *fresh).cpu()
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Predicting the next output of an unknown system from its past inputs and outputs: error smoothed over time, median of the systems and the middle half of them as a band. On a linear system the global fit is best and goes on improving. On a Wiener–Hammerstein system it soon meets the error of the best linear model, and the local linear fit goes below it. The kernel average is far behind on both.", "name": "train-fig-systems"}, "image": {"alt": "Two panels of error on a logarithmic axis against time for least squares, kernel average and local linear fit. Left, least squares falls steadily with local linear just above it. Right, least squares levels off and local linear ends below it. The kernel average is highest in both."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Predicting the next output of an unknown system from its past inputs and outputs: error smoothed over time, median of the systems and the middle half of them as a band. On a linear system the global fit is best and goes on improving. On a Wiener–Hammerstein system it soon stops improving, as any linear model must, and the local linear fit goes below it. The kernel average is far behind on both.", "name": "train-fig-systems"}, "image": {"alt": "Two panels of error on a logarithmic axis against time for least squares, kernel average and local linear fit. Left, least squares falls steadily with local linear just above it. Right, least squares levels off and local linear ends below it. The kernel average is highest in both."}}
 figure, both = plt.subplots(1, 2, figsize=(9.4, 3.8), sharey=True)
 window = 50
 for axes, kind in zip(both, kinds, strict=True):
@@ -766,7 +790,16 @@ for kind in kinds:
     assert (each[kind, "kernel average"] > each[kind, "local linear"]).all()
 assert each["linear system", "least squares"].mean() < each["linear system", "local linear"].mean()
 gain = each["Wiener–Hammerstein", "least squares"] - each["Wiener–Hammerstein", "local linear"]
-assert gain.mean() > gain.std() / math.sqrt(len(gain))  # in pairs: the same systems
+assert gain.mean() > 2 * gain.std() / math.sqrt(len(gain))  # in pairs: the same systems
+record("train_systems", len(gain))
+record("train_systems_local_wins", (gain > 0).sum().item(), atol=1)
+early, end = (slice(100, 200), slice(500, 599))
+improves = {
+    kind: error[:, end].mean() / error[:, early].mean()
+    for (kind, name), error in identified.items()
+    if name == "least squares"
+}
+assert improves["linear system"] < 0.5 < improves["Wiener–Hammerstein"]
 for kind, short in zip(kinds, ("linear", "wh"), strict=True):
     for name, tag in zip(candidates, ("ls", "nw", "ll"), strict=True):
         record(f"train_system_{short}_{tag}", each[kind, name].mean(), rtol=0.05)
@@ -777,7 +810,8 @@ for kind, short in zip(kinds, ("linear", "wh"), strict=True):
 # | linear system | {glue:text}`train_system_linear_ls:.4f` | {glue:text}`train_system_linear_ll:.4f` | {glue:text}`train_system_linear_nw:.3f` |
 # | Wiener–Hammerstein | {glue:text}`train_system_wh_ls:.3f` | {glue:text}`train_system_wh_ll:.3f` | {glue:text}`train_system_wh_nw:.3f` |
 #
-# The advantage of the local fit is real and small. Ten dimensions are many for six hundred neighbours
+# On {glue:text}`train_systems_local_wins` of {glue:text}`train_systems` Wiener–Hammerstein systems the local fit is better.
+# Its advantage is real and small. Ten dimensions are many for six hundred neighbours
 # ({doc}`/notebooks/09_higher_order_attention`). Trained keys help the kernel average a good deal, as
 # {doc}`/notebooks/study` shows: a layer may look in the few directions that matter.
 #

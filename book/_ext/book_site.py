@@ -42,10 +42,11 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict[str,
     ]
 
 
-# What other extensions write on every page they are used on, although an id is unique and this role is no longer one.
+# What other extensions write: an id for many elements, a role that is no longer one, a name other than what is read.
 CORRECTIONS = {
     re.compile(r' id="(?:proof|exercise|solution)(?:-content)?"'): "",
     re.compile(r'role="doc-biblioentry"'): 'role="listitem"',
+    re.compile(r'<summary aria-label="Toggle hidden content">'): "<summary>",
 }
 
 
