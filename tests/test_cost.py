@@ -57,3 +57,8 @@ def test_a_design_that_only_the_definition_computes_states_no_operations() -> No
     assert cost.flops is None
     assert cost.memory is None
     assert str(cost.state) == "2*d*w"
+
+
+def test_a_cost_without_all_sizes_names_the_missing_one() -> None:
+    with pytest.raises(ValueError, match=r"sizes: expected one for each of C, T, d, got none for \['d'\]"):
+        ttr.atlas["delta_net"].cost().at(T=10, C=4)

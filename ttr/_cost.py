@@ -47,7 +47,10 @@ class Cost(NamedTuple):
     memory: Expr | None
 
     def at(self, **sizes: int) -> tuple[float | None, ...]:
-        """The three as numbers."""
+        """The three as numbers. Raises ValueError for a symbol without a size."""
+        symbols = {str(symbol) for x in self if x is not None for symbol in x.free_symbols}
+        if missing := sorted(symbols - set(sizes)):
+            raise ValueError(f"sizes: expected one for each of {', '.join(sorted(symbols))}, got none for {missing}")
         return tuple(None if x is None else float(x.subs(sizes)) for x in self)
 
     def as_text(self) -> dict[str, str]:
