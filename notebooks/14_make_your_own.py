@@ -16,8 +16,8 @@
 # How do I build a layer that nobody has named, and how do I find out honestly whether it is any good?
 #
 # Choose on each axis, and `ttr.Design` is the layer. The second half of the question is harder.
-# We build three memories that are in no paper we know of, say beforehand what each should be good at, test that on
-# data made for it, and then train each against its named neighbours.
+# We build three memories that are a layer in no paper we know of (as adaptive filters the first two are old), say
+# beforehand what each should be good at, test that on data made for it, and then train each against its named neighbours.
 # Each does what it was made for. None of the three wins its table, and the reasons are worth more than a win.
 # At the end a fourth is made from a template that you can copy.
 

@@ -89,7 +89,7 @@ values = torch.tensor(
 assert list(METRICS) == list(dict.fromkeys(row["task"] for row in study["rows"]))
 assert values.isfinite().all()
 
-# %% tags=["remove-input"] mystnb={"figure": {"caption": "What each memory reaches on each task; dark is the best of a column, light the worst. Softmax attention and its relatives, which keep the pairs themselves, recall every pair, and follow neither parity nor S3. Delta rules with step sizes up to two follow parity, some of them S3 as well, and they lose most pairs where there are twice as many as channels. Exact least squares errs least in context.", "name": "study-fig-map"}, "image": {"alt": "A table of coloured cells, a row for each of the published memories and a column for each of eight tasks, with the figure written in each cell. Numbers are in the table below."}}
+# %% tags=["remove-input"] mystnb={"figure": {"caption": "What each memory reaches on each task; dark is the best of a column, light the worst. Softmax attention and its relatives, which keep the pairs themselves, recall every pair, and follow neither parity nor S3. Most delta rules with step sizes up to two follow parity, some of them S3 as well, and they lose most pairs where there are twice as many as channels. Exact least squares errs least in context.", "name": "study-fig-map"}, "image": {"alt": "A table of coloured cells, a row for each of the published memories and a column for each of eight tasks, with the figure written in each cell. Numbers are in the table below."}}
 better = torch.tensor([1.0 if more else -1.0 for _, more in METRICS.values()])
 goodness = values * better
 low, high = goodness.min(0).values, goodness.max(0).values
@@ -242,7 +242,7 @@ record("study_s3_two_steps", accuracy["delta_product", "s3_2"])
 #
 # A recall task shows key, value, key, value. To store a pair a layer has to bring both to one token. A convolution of two
 # taps on the keys does that; without it, one layer is at chance, one in six. Two layers could do without it if they knew
-# where a token is. Nothing in these layers says so, and they stay at chance.
+# where a token is. Nothing in these layers says so directly, and they stay at chance.
 
 # %% tags=["remove-input"]
 accuracy = shown(
