@@ -172,7 +172,7 @@ assert step["memory"] > 100 * step["products"]
 # \end{aligned}
 # ```
 #
-# where $D_{tj} = e^{c_t - c_j}$ for $j \le t$ and $0$ else, and $\circ$ multiplies row by row.
+# where $D_{tj} = e^{c_t - c_j}$ for $j \le t$ and $0$ else, and $\circ$ multiplies entry by entry, a vector row by row.
 # That is the chunk form of {cite:t}`yang2023gated` and {cite:t}`dao2024mamba2`.
 
 
