@@ -17,8 +17,8 @@
 # How does the recurrence become matrix products, and what limits its speed then?
 #
 # Cut the sequence into chunks: products inside a chunk, one state between chunks, and for memories that correct
-# themselves one triangular system. By our estimate for one GPU, the traffic of memory then limits a Hebbian sum, and
-# products that wait for one another limit the delta rule.
+# themselves one triangular system. By our estimate for one GPU, memory traffic then limits a Hebbian sum, and products
+# that wait for one another limit the delta rule.
 # This chapter derives the chunk forms as a GPU launches them, counts what they compute and move, holds the counts
 # against a roofline, writes a Triton kernel and runs it without a GPU, and looks at where digits get lost.
 # Nothing is timed here. {doc}`/notebooks/speed` has the measurements.
@@ -103,7 +103,8 @@ def kept_bytes(form, *inputs):
 # To the left of it memory is the limit, and cheaper arithmetic gains nothing.
 #
 # A recurrence has a third bound. Products that wait for one another take their latency each, whatever their size.
-# With $n$ dependent products of latency $\tau$, and $w$ waves of programs where not all fit on the chip at once,
+# A GPU runs *programs*, each on one multiprocessor; where not all fit at once, they come in waves.
+# With $n$ dependent products of latency $\tau$ in a program, and $w$ waves,
 #
 # ```{math}
 # :label: chunk-eq-latency
@@ -171,7 +172,7 @@ assert step["memory"] > 100 * step["products"]
 # \end{aligned}
 # ```
 #
-# where $D_{tj} = e^{c_t - c_j}$ for $j \le t$ and $0$ else, and $\circ$ multiplies row by row.
+# where $D_{tj} = e^{c_t - c_j}$ for $j \le t$ and $0$ else, and $\circ$ multiplies entry by entry, a vector row by row.
 # That is the chunk form of {cite:t}`yang2023gated` and {cite:t}`dao2024mamba2`.
 
 
@@ -201,9 +202,11 @@ def chunked(q, k, v, log_decay, C):
 #
 # ```{math}
 # :label: chunk-eq-triangle
-# (I + A)\, U = V - e^{c} \circ (K S_n), \qquad A_{tj} = e^{c_t - c_j}\, k_t^\top g_j \ \text{ for } j < t ,
+# (I + A)\, U = V - e^{c} \circ (K S_n), \qquad A_{tj} = e^{c_t - c_j}\, k_t^\top g_j \ \text{ for } j < t, \text{ else } 0 ,
 # ```
 #
+# where $g_j$ is the gain, $\beta_j k_j$ for the delta rule. Then {eq}`chunk-eq-phases` holds with $U$ in the place of $V$
+# and the rows $g_j$ in the place of the keys.
 # The right side needs the state; the matrix does not.
 # So the matrix is inverted before the scan, for all chunks at once, and the scan multiplies.
 # It is the WY (or UT) form of {cite:t}`yang2024parallelizing`.
@@ -436,12 +439,12 @@ record("chunk_intensity_128", intensities[128])
 
 # %% [markdown]
 # For $d = 128$ they meet at a chunk of {glue:text}`chunk_optimum:.0f` tokens.
-# No kernel can have it. The scores of a chunk are $C^2$ float32 numbers, and with
+# A kernel that holds all scores of a chunk at once cannot have it. They are $C^2$ float32 numbers, and with
 # {glue:text}`chunk_largest` tokens they take half of the registers of a multiprocessor.
-# So linear attention is limited by memory at every chunk that fits: at $C = 128$ its intensity is
+# So such a kernel is limited by memory at every chunk that fits: at $C = 128$ its intensity is
 # {glue:text}`chunk_intensity_128:.0f` operations a byte.
-# All one can ask of $C$ is that the states do not dominate, which ends at
-# {glue:text}`chunk_balance:.0f` tokens. That is why kernels have chunks of $64$ or $128$.
+# All one can ask of $C$ is that the traffic of the states does not dominate. It is half of the whole at
+# {glue:text}`chunk_balance:.0f` tokens, between the chunks of $64$ and $128$ that kernels have.
 #
 # There is another way out. If one program walks along a whole sequence with its state in registers, no state is
 # written, and $k$ and $v$ are read once: $4de$ bytes, at any $C$.
@@ -449,8 +452,8 @@ record("chunk_intensity_128", intensities[128])
 # each head and block of values, however long the sequence.
 # It is good with many heads and bad with few.
 # With few heads, **segments** help: cut the sequence into $s$ pieces, find what each adds to a state that begins at
-# zero, scan over the pieces, and walk them again from the right states. The totals are computed twice, and the chain
-# is $s$ times shorter.
+# zero, scan over the pieces, and walk them again from the right states. The totals are computed twice, and the
+# chain of either walk is $s$ times shorter.
 #
 # ```{prf:theorem} Why a scan may be cut
 # :label: chunk-theorem-scan
@@ -459,7 +462,7 @@ record("chunk_intensity_128", intensities[128])
 # $$(A_2, U_2) \cdot (A_1, U_1) = (A_2 A_1,\; A_2 U_1 + U_2),$$
 #
 # and it is associative. So the states between segments follow from one pair $(A, U)$ a segment.
-# For a Hebbian sum $A$ is the product of the decays; for the delta rule it is
+# For a Hebbian sum $A$ is the product of the decays; for the delta rule with one decay a head it is
 # $A = e^{c_C} \bigl(I - G'^\top (I + A')^{-1} K'\bigr)$, a $d \times d$ matrix, with
 # $K'$ and $G'$ the decayed keys and gains and $A'$ the triangle of {eq}`chunk-eq-triangle`.
 # ```
@@ -781,7 +784,8 @@ for name, error in trial.items():
 # Whether a kernel is right can be seen on a CPU, and so can part of whether it is fast.
 # The compiler needs no GPU to translate for one, and says how many registers a thread takes, how much shared memory a
 # program does, and whether it **spills**: keeps in memory what did not fit into registers.
-# The tests compile every launch for four targets and hold it to the budgets in `tests/kernels/budgets`.
+# The tests compile every launch for four targets, `sm_80` (A100), `sm_90` (H100, H200), `sm_100` (B200) and `gfx942`
+# (MI300X), and hold it to the budgets in `tests/kernels/budgets`.
 
 # %%
 paths = sorted(Path("../tests/kernels/budgets").glob("*.json"))
@@ -793,7 +797,7 @@ for target in ("sm_90", "sm_100"):
                 assert row["spilled"] == 0, (kernel, target, name)
 
 # %% tags=["remove-input"]
-head = ("kernel", "registers", "spilled", "KiB shared", "programs", "most spilled elsewhere")
+head = ("kernel", "registers", "spilled", "KiB shared", "programs at once", "most spilled elsewhere")
 body = []
 for kernel, targets in budgets.items():
     own = {name.split(", ")[1]: row for name, row in targets["sm_90"].items() if name.startswith("bf16 D=64")}
@@ -805,7 +809,7 @@ for kernel, targets in budgets.items():
     body.append(
         f'<tr><th scope="row">{escape(kernel)}</th>' + "".join(f"<td>{escape(str(x))}</td>" for x in cells) + "</tr>"
     )
-caption = "What the kernels compile to for sm_90 (H100, H200): 64 channels, bfloat16; spills in bytes a thread, the last column over all sizes of the other targets"
+caption = "What the kernels compile to for sm_90 (H100, H200): 64 channels, bfloat16; spills in bytes a thread, programs that a multiprocessor holds, the last column over all sizes of the other targets"
 columns = "".join(f'<th scope="col">{escape(x)}</th>' for x in head)
 HTML(
     f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{caption}"><table class="table">'
@@ -909,13 +913,13 @@ assert early.grad.isfinite().all()
 #
 # ```{prf:proposition} Digits lost by the series
 # :label: chunk-proposition-series
-# Let $A_{tj} = \rho$ for all $j < t$: unit keys of correlation $\rho$ at $\beta = 1$. For $t > j$,
+# Let $A_{tj} = \rho \in (0, 1)$ for all $j < t$: unit keys of correlation $\rho$ at $\beta = 1$. For $t > j$,
 #
 # $$\bigl[(I + A)^{-1}\bigr]_{tj} = -\rho\,(1 - \rho)^{t - j - 1}, \qquad
 #   \Bigl[\sum_m A^m\Bigr]_{tj} = \rho\,(1 + \rho)^{t - j - 1} .$$
 #
-# The result has entries of size at most one. The terms that must cancel to give it sum to $(1 + \rho)^{C}$, up to a
-# constant, in absolute value.
+# The result has entries of size at most one. The terms $(-A)^m$ that must cancel to give it have absolute values that
+# sum to up to $\rho\,(1 + \rho)^{C - 2}$.
 # ```
 #
 # ```{prf:proof}
@@ -925,7 +929,7 @@ assert early.grad.isfinite().all()
 # All entries of $A$ have one sign, so this is the sum of the absolute values.
 # ```
 #
-# So the series loses about $C \log_{10}(1 + \rho)$ digits, of which float32 has seven.
+# So each token costs the series about $\log_{10}(1 + \rho)$ digits, of which float32 has seven.
 # Inverting **by blocks** is made of products as well. From
 #
 # ```{math}
@@ -993,7 +997,7 @@ for name in ("by blocks", "triangular solve"):
 record("chunk_series_digits", triangle_errors["series, doubled"][at].median().log10(), atol=0.7)
 record("chunk_blocks_digits", triangle_errors["by blocks"].max().log10(), atol=0.5)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative error in float32; lines are medians, bands run from the smallest to the largest draw. Left: the inverse of the delta rule's triangle over the chunk, for unit keys of correlation one half. The series grows as fast as the proposition says (dotted) and is soon wrong in every digit; blocks, which are as much made of products, lose nothing. Right: linear attention with a decay a channel over the mean decay. The factored form works until it overflows (crosses: not a number); blocks of 16 tokens never do.", "name": "chunk-fig-digits"}, "image": {"alt": "Two plots of relative error on logarithmic scales. Left: the series rises along a dotted line past one while two other curves stay near rounding. Right: three curves near rounding; the factored one ends and continues as crosses at the top."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative error in float32; lines are medians, bands run from the smallest to the largest draw. Left: the inverse of the delta rule's triangle over the chunk, for unit keys of correlation one half. The series grows at the rate of the proposition (dotted, which leaves out the constant) and is soon wrong in every digit; blocks, which are as much made of products, stay near rounding. Right: linear attention with a decay a channel over the mean decay. The factored form works until it overflows (crosses: not a number); blocks of 16 tokens never do.", "name": "chunk-fig-digits"}, "image": {"alt": "Two plots of relative error on logarithmic scales. Left: the series rises along a dotted line past one while two other curves stay near rounding. Right: three curves near rounding; the factored one ends and continues as crosses at the top."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.9))
 
 
@@ -1031,8 +1035,9 @@ plt.show()
 #
 # **States are float32, whatever the inputs are.** A state is a sum over thousands of tokens. In bfloat16, which has
 # eight bits, a sum stops growing once a term is below half of its last bit.
-# Where a bfloat16 tile meets a float32 state, rounding the state would undo this, and TF32 would keep eleven bits of
-# it. The kernels cut the float32 operand into two bfloat16 parts, two products at the fast rate.
+# Where a bfloat16 tile meets a float32 state, rounding the state would undo this, and TF32, the format in which
+# tensor cores take float32, would keep eleven bits of it.
+# The kernels cut the float32 operand into two bfloat16 parts, two products at the fast rate.
 
 # %%
 d, T = 16, sizes["tokens"]
@@ -1065,8 +1070,8 @@ record("chunk_bits_two", bits["two"], atol=0.5)
 #
 # ## The backward pass: keep or recompute
 #
-# The gradient of a chunk form needs scores and states again. Autograd keeps whatever the forward made, a float32
-# number at a time. A kernel of its own can keep the inputs and make the rest anew, as
+# The gradient of a chunk form needs scores and states again. Autograd keeps what the forward made, in float32.
+# A kernel with its own backward can keep the inputs alone and make the rest anew, as
 # {cite:t}`dao2022flashattention` do for softmax attention. How much is that?
 
 
@@ -1097,8 +1102,8 @@ record("chunk_kept_chunked", kept["chunked"], rtol=0.5)
 
 # %% [markdown]
 # At $T = 1024$ and $d = 32$ the recurrence keeps {glue:text}`chunk_kept_recurrent:.0f` bytes a token, most of it a
-# state, the quadratic form {glue:text}`chunk_kept_quadratic:.0f`, several numbers for each pair, so more for longer sequences,
-# the chunk form {glue:text}`chunk_kept_chunked:.0f`.
+# state. The quadratic form keeps {glue:text}`chunk_kept_quadratic:.0f`, several numbers for each pair, so more for longer
+# sequences; the chunk form {glue:text}`chunk_kept_chunked:.0f`.
 # The package's kernel keeps nothing beyond its inputs. It pays with another pass for states and scores, by
 # {eq}`chunk-eq-cost` half of a forward's operations, in a computation that waits for memory anyway.
 #
@@ -1132,8 +1137,8 @@ assert_close(alone, (q * k).sum(-1, keepdim=True) * v)
 # ```{exercise} A scan of logarithmic depth
 # :label: chunk-exercise-scan
 # {prf:ref}`chunk-theorem-scan` allows more than two segments. Write the scan over the chunks of a Hebbian sum so that
-# $n$ chunks take about $\log_2 n$ rounds, each on all chunks at once, in the manner of
-# {cite:t}`blelloch1990prefix` and others. How much more does it compute, and when is it worth it?
+# $n$ chunks take about $\log_2 n$ rounds, each on all chunks at once.
+# How much more does it compute, and when is it worth it?
 # ```
 #
 # ```{solution-start} chunk-exercise-scan
@@ -1142,8 +1147,9 @@ assert_close(alone, (q * k).sum(-1, keepdim=True) * v)
 #
 # In round $r$ combine each pair $(A_n, U_n)$ with the one $2^r$ places before it.
 # After $\lceil \log_2 n \rceil$ rounds, each holds the composition of all up to itself.
-# That is $n \log_2 n$ combinations in place of $n$. It is worth it where the chain waits, that is with very few heads; segments
-# need two passes and stop there.
+# That is about $n \log_2 n$ combinations in place of $n$. (This is the scan of Hillis and Steele. The tree of
+# {cite:t}`blelloch1990prefix` needs about $2n$, in twice the rounds.)
+# It is worth it where the chain waits, that is with very few heads; segments need two passes and stop there.
 
 # %%
 n, d = 24, 8

@@ -102,7 +102,7 @@ assert layer(randn(1, 10, 16).float()).shape == (1, 10, 16)
 #
 # ```{prf:proposition} The smallest change in another norm
 # :label: add-proposition-norm
-# Let $p > 1$ and $1/p + 1/q = 1$. Among all $S$ with $S^\top k = v$, the one whose every column is nearest to that of
+# Let $k \ne 0$, $p > 1$ and $1/p + 1/q = 1$. Among all $S$ with $S^\top k = v$, the one whose every column is nearest to that of
 # $\bar S$ in the $q$-norm is $S = \bar S + g\, e^\top$, with $e = v - \bar S^\top k$ and
 #
 # $$g = \frac{\lvert k \rvert^{p-1} \circ \operatorname{sgn} k}{\lVert k \rVert_p^p} .$$
@@ -154,7 +154,7 @@ record("add_nearer", nearer, atol=0.1)
 
 # %% [markdown]
 # With equal scales the Euclidean step comes nearer to the map. With log-normal scales a step with $p$ near one does, in
-# a share of {glue:text}`add_nearer:.2f` of the streams: it measures steps against the channels. There is a case for it.
+# a share of {glue:text}`add_nearer:.2f` of the streams: its entries $\lvert k\rvert^{p-1}$ hardly depend on a channel's scale.
 #
 # ## Is it right?
 #

@@ -171,9 +171,12 @@ HTML(
 
 # %% [markdown]
 # The table holds {glue:text}`space_cells` combinations that make sense. The atlas knows {glue:text}`space_published`
-# published names, for {glue:text}`space_named` of them; {glue:text}`space_unnamed` have no name in it, which does not
-# say that nobody has used them. {doc}`/notebooks/14_make_your_own` takes one of these and trains it. Costs are of one head and leading terms only: T tokens, d channels of key and value,
-# f features of a key, C a chunk, n the steps of a solver, w a window.
+# published names, for {glue:text}`space_named` of them (a name may have several forms). The other
+# {glue:text}`space_unnamed` have no name in it, which does not say that nobody has used them.
+# {doc}`/notebooks/14_make_your_own` takes some of these and trains them.
+#
+# Costs are of one head and leading terms only: T tokens, d channels of key and value, f features of a key, C a chunk,
+# n the steps of a solver, w a window.
 #
 # A combination that makes no sense is refused, with the two choices that clash:
 

@@ -89,7 +89,7 @@ values = torch.tensor(
 assert list(METRICS) == list(dict.fromkeys(row["task"] for row in study["rows"]))
 assert values.isfinite().all()
 
-# %% tags=["remove-input"] mystnb={"figure": {"caption": "What each memory reaches on each task; dark is the best of a column, light the worst. Softmax attention and its relatives, whose state grows, recall every pair, and follow neither parity nor S3. Memories that correct themselves with step sizes up to two follow both, and lose pairs once there are more than channels. Exact least squares errs least in context.", "name": "study-fig-map"}, "image": {"alt": "A table of coloured cells, a row for each of the published memories and a column for each of eight tasks, with the figure written in each cell. Numbers are in the table below."}}
+# %% tags=["remove-input"] mystnb={"figure": {"caption": "What each memory reaches on each task; dark is the best of a column, light the worst. Softmax attention and its relatives, which keep the pairs themselves, recall every pair, and follow neither parity nor S3. Most delta rules with step sizes up to two follow parity, some of them S3 as well, and they lose most pairs where there are twice as many as channels. Exact least squares errs least in context.", "name": "study-fig-map"}, "image": {"alt": "A table of coloured cells, a row for each of the published memories and a column for each of eight tasks, with the figure written in each cell. Numbers are in the table below."}}
 better = torch.tensor([1.0 if more else -1.0 for _, more in METRICS.values()])
 goodness = values * better
 low, high = goodness.min(0).values, goodness.max(0).values
@@ -164,13 +164,18 @@ assert max(reached[slug, task] for slug in kernels for task in ("parity", "s3"))
 assert max(reached[slug, "recall_8"] for slug in ("linear_attention", "delta_net", "mesa_net", "titans")) < 0.6
 for slug in ("delta_net", "delta_product", "gated_delta_net", "kda"):
     assert reached[slug, "parity"] > 0.95
+    assert reached[slug, "recall_8"] < 0.5
+assert min(reached[slug, "s3"] for slug in ("delta_product", "gated_delta_net")) > 0.95
 least = sorted(designs, key=lambda slug: reached[slug, "in_context_regression"])[:3]
 assert set(least) == {"intention", "recursive_least_squares", "mesa_net"}
 
 # %% [markdown]
-# Chance is one over the number of pairs where a memory recalls, one half for parity and one sixth for S3. An error of 1
-# in regression is that of answering zero. How much of this is a fact about the memories, and how much the accident of one
-# seed and one learning rate? The next four studies ask one question each, at sizes that can answer it.
+# Chance is one over the number of pairs where a memory recalls, one half for parity and one sixth for S3; the
+# first tokens of a stream are easier, which lifts every row above that. The tokens of S3 are here swaps of neighbours and
+# the identity. An error of 1 in regression is that of answering zero.
+#
+# How much of this is a fact about the memories, and how much the accident of one seed and one learning rate? The next
+# four studies ask one question each, at larger sizes and, but for the last, with more than one seed.
 
 
 # %% tags=["remove-cell"]
@@ -203,7 +208,7 @@ def shown(name, tasks, metric, caption, references=()):
 #
 # The delta rule multiplies what is stored along a key by $1 - \beta$. Up to $\beta = 1$ it can only shrink; beyond, it
 # can turn a sign, and parity is a sign. A swap of two letters is a reflection too, so one step a token follows a stream
-# of swaps. The cycles of S3 are two swaps each, and take two steps. One layer is trained on 32 tokens and tested on 64.
+# of swaps. A cycle of three letters is two swaps, and takes two steps. One layer is trained on 32 tokens and tested on 64.
 
 # %% tags=["remove-input"]
 accuracy = shown(
@@ -237,7 +242,7 @@ record("study_s3_two_steps", accuracy["delta_product", "s3_2"])
 #
 # A recall task shows key, value, key, value. To store a pair a layer has to bring both to one token. A convolution of two
 # taps on the keys does that; without it, one layer is at chance, one in six. Two layers could do without it if they knew
-# where a token is. Nothing in these layers says so, and they stay at chance.
+# where a token is. Nothing in these layers says so directly, and they stay at chance.
 
 # %% tags=["remove-input"]
 accuracy = shown(
@@ -261,8 +266,8 @@ assert accuracy["softmax_attention", "key_dim_4"] > 0.95 > accuracy["linear_atte
 # %% [markdown]
 # ## Which estimator a layer is
 #
-# In-context regression shows $(x, y)$ pairs of a new linear function in every sequence. The layer is trained; then each
-# memory is the estimator it was built to be. The two references need no training: ordinary least squares, and one
+# In-context regression shows $(x, y)$ pairs of a new linear function in every sequence. Once the layer is
+# trained, is each memory the estimator that it was built to be? The two references need no training: ordinary least squares, and one
 # gradient step from zero with the best step size.
 
 
