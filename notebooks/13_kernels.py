@@ -35,18 +35,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML, Markdown
+from IPython.display import Markdown
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import ttr
-from ttr.book import OKABE_ITO, record, use_style
+from ttr.book import OKABE_ITO, record, table, use_style
 
 sys.path.insert(0, "..")  # the records of the benchmarks are beside the package, not in it
 import benchmarks.record
@@ -806,15 +805,9 @@ for kernel, targets in budgets.items():
     spilled, target = max(others)
     elsewhere = f"{spilled} ({target})" if spilled else "none"
     cells = (row["registers"], row["spilled"], f"{row['shared'] / 1024:.0f}", row["programs"], elsewhere)
-    body.append(
-        f'<tr><th scope="row">{escape(kernel)}</th>' + "".join(f"<td>{escape(str(x))}</td>" for x in cells) + "</tr>"
-    )
+    body.append((kernel, *map(str, cells)))
 caption = "What the kernels compile to for sm_90 (H100, H200): 64 channels, bfloat16; spills in bytes a thread, programs that a multiprocessor holds, the last column over all sizes of the other targets"
-columns = "".join(f'<th scope="col">{escape(x)}</th>' for x in head)
-HTML(
-    f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{caption}"><table class="table">'
-    f"<caption>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-)
+table(caption, head, body)
 
 # %% [markdown]
 # On the two targets that have room, no forward kernel spills at this size. The older `sm_80`, with less shared memory

@@ -26,14 +26,13 @@ device = "cpu"
 
 # %% tags=["remove-cell"]
 import sys
-from html import escape
 
 import matplotlib.pyplot as plt
-from IPython.display import HTML, Markdown
+from IPython.display import Markdown
 
 sys.path.insert(0, "..")  # the record and what reads it are beside the package, not in it
 from benchmarks import cases, estimate, provenance, record
-from ttr.book import OKABE_ITO, use_style
+from ttr.book import OKABE_ITO, table, use_style
 
 use_style()
 recorded = record.load()
@@ -148,20 +147,6 @@ Markdown(
 #
 # A language model writes one token at a time. Then a memory takes a step from its state, and what counts is the
 # latency: one sequence, eight heads, 64 channels.
-
-
-# %% tags=["remove-cell"]
-def table(caption, header, rows):
-    """An HTML table; the first column names the row."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for name, *cells in rows
-    )
-    return HTML(
-        f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="table">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 # %% tags=["remove-input"]

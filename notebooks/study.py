@@ -33,7 +33,6 @@ device = "cpu"
 import subprocess
 import sys
 import tempfile
-from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -44,7 +43,7 @@ from IPython.display import HTML, Markdown
 sys.path.insert(0, "..")  # the records and what reads them are beside the package, not in it
 import ttr
 from benchmarks import studies
-from ttr.book import record, use_style
+from ttr.book import record, table, use_style
 from ttr.tasks import LinearRegression
 
 use_style()
@@ -120,20 +119,6 @@ axes.spines[:].set_visible(False)
 plt.show()
 
 
-# %% tags=["remove-cell"]
-def table(caption, header, rows):
-    """An HTML table; the first column names the row."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for name, *cells in rows
-    )
-    return (
-        f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="table">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
 # %% tags=["remove-input"]
 HTML(
     "<details><summary>The same as a table</summary>"
@@ -144,7 +129,7 @@ HTML(
             (names[slug], *(f"{value:.3f}" for value in line))
             for slug, line in zip(designs, values.tolist(), strict=True)
         ],
-    )
+    ).data
     + "</details>"
 )
 
@@ -198,7 +183,7 @@ def shown(name, tasks, metric, caption, references=()):
     display(Markdown(studies.sentence(made, configurations[name])))
     seeds = len({row["seed"] for row in made["rows"]})
     spread = f", mean of {seeds} seeds (lowest–highest)" if seeds > 1 else ""
-    display(HTML(table(caption + spread, ("memory", *tasks.values()), [*lines, *references])))
+    display(table(caption + spread, ("memory", *tasks.values()), [*lines, *references]))
     places = {(row["design"], row["task"]) for row in made["rows"]}
     return {(design, task): studies.mean(made["rows"], metric, design=design, task=task) for design, task in places}
 

@@ -1,8 +1,10 @@
-"""What notebooks need beyond the public face: golden numbers and the look of figures."""
+"""What notebooks need beyond the public face: golden numbers, the look of figures, and tables."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 # Okabe and Ito's palette, whose colours stay apart under the common forms of colour blindness, without its
@@ -37,6 +39,21 @@ def use_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """An HTML table that scrolls by itself where it is too wide; the first column names the row."""
+    from IPython.display import HTML
+
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in rows
+    )
+    return HTML(
+        f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="table">'
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def record(name: str, value: Any, *, rtol: float = 1e-3, atol: float = 0.0, corpus: str | None = None) -> None:

@@ -6,7 +6,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from ttr.book import record
+from ttr.book import record, table
 
 
 @pytest.fixture
@@ -46,3 +46,9 @@ def test_outside_a_notebook_it_only_prints(capsys):
 def test_refuses_what_cannot_be_compared(value):
     with pytest.raises(ValueError, match="record 'x': expected finite numbers, strings or a flat list"):
         record("x", value)
+
+
+def test_a_table_escapes_what_it_shows_and_names_its_rows():
+    shown = table("a < b", ("row", "x"), [("<first>", "1 & 2")]).data
+    assert '<th scope="row">&lt;first&gt;</th><td>1 &amp; 2</td>' in shown
+    assert "<caption>a &lt; b</caption>" in shown
