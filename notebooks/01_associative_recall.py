@@ -115,7 +115,8 @@ print("answers", *(letters[target] if target >= 0 else "·" for target in target
 # * The **regressors** $\mathcal M$. Which functions may be fitted?
 # * The **optimizer**. Is the minimum found exactly, approached by a few steps, or guessed?
 #
-# A fourth, the **loss**, is the square here. Others are possible {cite:p}`behrouz2025miras`.
+# Two more are fixed in this chapter {cite:p}`behrouz2025miras`: the **loss** is the square of the error, and the
+# **retention**, which holds a step near the old memory, is a squared distance.
 #
 # The words of one field are words of the other.
 #
@@ -237,7 +238,7 @@ grid = torch.linspace(0, 1, 201, dtype=torch.float64, device=device)
 # Four famous layers read these pairs, in the same order.
 #
 # **Linear attention** {cite:p}`katharopoulos2020transformers` takes one gradient step on {eq}`recall-eq-memorise` from $S = 0$.
-# The gradient there is $-\sum_i k_i v_i^\top$, so a step of size one gives
+# With all weights one, the gradient there is $-\sum_i k_i v_i^\top$, so a step of size one gives
 #
 # ```{math}
 # :label: recall-eq-hebbian
@@ -252,7 +253,7 @@ grid = torch.linspace(0, 1, 201, dtype=torch.float64, device=device)
 # S_t = S_{t-1} + \beta\, k_t \bigl( v_t - S_{t-1}^\top k_t \bigr)^\top .
 # ```
 #
-# **Least squares** takes no step. It is {prf:ref}`recall-thm-exact` with all weights one.
+# **Least squares** takes no step. It is {prf:ref}`recall-thm-exact` with all weights one and a small ridge.
 #
 # **Softmax attention** {cite:p}`vaswani2017attention` fits the simplest function there is, a constant $c$, and gives
 # large weights to pairs whose keys resemble the query:
@@ -383,7 +384,7 @@ for row, n in enumerate(numbers):
         error[name][row] = (y - ones(n).diag()).square().sum(-1).mean(-1)
         choice[name][row] = (y.argmax(-1) == torch.arange(n, device=device)).float().mean(-1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Pairs recalled after all have been stored; mean over the draws, and a band from the least to the greatest. As a regression, least squares is exact while there are no more pairs than dimensions, and linear attention is off from the start. As a choice among the stored values, linear attention never errs at all, and only the delta rule loses pairs: the oldest ones. Three lines lie on top of each other at the upper edge.", "name": "fig-recall-capacity"}, "image": {"alt": "Two panels over the number of pairs divided by the key size, from one eighth to two. Left, error: linear attention rises in a straight line, the delta rule rises more slowly, least squares is zero up to one and then rises, softmax attention stays near zero. Right, share of right choices: linear attention, least squares and softmax attention stay at one, the delta rule falls away from it."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Pairs recalled after all have been stored; mean over the draws, and a band from the least to the greatest. As a regression, least squares is exact while there are no more pairs than dimensions, and linear attention is off from the start. As a choice among the stored values, linear attention never errs at all, and only the delta rule loses pairs. Three lines lie on top of each other at the upper edge.", "name": "fig-recall-capacity"}, "image": {"alt": "Two panels over the number of pairs divided by the key size, from one eighth to two. Left, error: linear attention rises in a straight line, the delta rule rises more slowly, least squares is zero up to one and then rises, softmax attention stays near zero. Right, share of right choices: linear attention, least squares and softmax attention stay at one, the delta rule falls away from it."}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4), sharex=True)
 relative = [n / dim for n in numbers]
 for axis, measured in ((left, error), (right, choice)):
@@ -416,9 +417,9 @@ assert delta_choice < 0.8
 # {glue:text}`recall_full_linear_attention:.2f`, where an answer of zero would have 1.
 # By {eq}`recall-eq-hebbian` its answer is $\hat v_j = v_j + \sum_{i \ne j} (k_i^\top k_j)\, v_i$, and
 # $(k_i^\top k_j)^2$ is $1/d$ on average: the error grows as $(n-1)/d$. The cell above asserts that, too.
-# Least squares makes no error until the pairs outnumber the dimensions. From there on it makes $1 - d/n$ for
-# any keys that span the space, since it projects $n$ values on $d$ directions: {glue:text}`recall_overfull_least_squares:.2f` with twice as
-# many pairs as dimensions.
+# Least squares makes no error until the pairs outnumber the dimensions. From there on it makes $1 - d/n$ a pair, for
+# any keys that span the space, since it projects $n$ orthonormal values on $d$ directions:
+# {glue:text}`recall_overfull_least_squares:.2f` with twice as many pairs as dimensions.
 #
 # The right panel holds a surprise. Judged by choice, linear attention is perfect throughout.
 #
@@ -441,8 +442,9 @@ assert delta_choice < 0.8
 #
 # The two other linear memories have no such guarantee. Least squares makes the sum of squares least and not
 # the order right; an exercise finds keys where it puts a wrong value first.
-# The delta rule is exact at the newest pair and pays with the oldest: with twice as many pairs as dimensions it chooses right in
-# {glue:text}`recall_overfull_choice_delta_rule:.2f` of the cases.
+# With twice as many pairs as dimensions the delta rule chooses right in
+# {glue:text}`recall_overfull_choice_delta_rule:.2f` of the cases. It is exact at the newest pair and pays with the
+# oldest, as {doc}`/notebooks/04_delta_rule` shows.
 
 # %% [markdown]
 # ## Any design, and its neighbours
@@ -484,7 +486,7 @@ print(exact.citation())
 # * A large ridge drowns the keys' second moment: $\Lambda = \lambda I$ with $\lambda \to \infty$ turns
 #   $\lambda \cdot$ least squares into linear attention.
 # * A wide bandwidth makes every pair a neighbour: softmax attention becomes the mean of all values. A narrow one
-#   leaves the nearest key alone.
+#   hears the nearest key only.
 # :::
 
 
@@ -567,7 +569,8 @@ for time in (T // 2, T):
 # the query $q_t$ as they were. By assumption $m_t$ is the same.
 # ```
 #
-# So the best that such a layer can do is to guess among the values it has seen: one right in as many as there are pairs.
+# Which value follows which key is drawn at random. So the best that such a layer can do is to guess among the values it
+# has seen: one right in as many as there are pairs.
 # Later layers could help, for they see what earlier ones wrote. But there is a cheaper way.
 # Let $x_t$ now be the vector of token $t$, and let the key be made from tokens $t-1$ and $t$, by a filter two taps
 # wide:
@@ -579,7 +582,8 @@ for time in (T // 2, T):
 #
 # With $c_0 = 0$ the pair stored at a value's token is (key before it, value), which is what was wanted.
 # {cite:t}`fu2022hungry` put such a shift into their layer for the same reason, and {cite:t}`wang2025testtime` read the
-# short convolutions of today's recurrent layers in this way. Both claims can be seen in an untrained model.
+# short convolutions of today's recurrent layers in this way. An untrained model shows both: without the filter the
+# exchange changes no answer, and with it the answers move.
 
 
 # %%
@@ -695,12 +699,13 @@ for name in learners:
 # {prf:ref}`recall-prop-swap` promised that for linear attention. The delta rule does depend on the order of pairs, so
 # there it is a finding and not a theorem.
 #
-# With keys of fewer dimensions than pairs no linear memory can solve the regression.
+# With keys of fewer dimensions than pairs no linear memory can fit all pairs.
 # Linear attention answers {glue:text}`recall_narrow_linear_attention_least:.2f` to
 # {glue:text}`recall_narrow_linear_attention_most:.2f` of the questions, from its worst seed to its best, and the delta
 # rule {glue:text}`recall_narrow_delta_rule_least:.2f` to {glue:text}`recall_narrow_delta_rule_most:.2f`:
-# the task asks for a choice, so {prf:ref}`recall-prop-choice` lets even a memory that is too small answer far more
-# than a guess. The spread between seeds is as large as the difference between the rules, so this panel ranks neither.
+# the task asks for a choice, and choosing is easier than regressing ({prf:ref}`recall-prop-choice`), so even a memory
+# that is too small beats a guess by far. The spread between seeds is as large as the difference between the rules, so
+# this panel ranks neither.
 #
 # What it does show is that the better regression need not be the better layer.
 # It is one when keys are correlated or old values must be replaced:

@@ -132,7 +132,7 @@ assert_close(least_squares(even, v), hebbian(even, v))
 
 # %% [markdown]
 # So $K^\top K = I$ is an assumption about how the keys fill their space.
-# It needs at least $d$ keys, and then both memories are the same matrix.
+# It needs at least $d$ keys. Where it holds, and without a ridge, both memories are the same matrix.
 # With fewer keys than dimensions $K^\top K$ cannot be the identity, but the two ways of writing the ridge
 # solution,
 #
@@ -462,7 +462,7 @@ assert operations(parallel, q, k, v) == 2 * T**2 * (K + V)
 assert operations(chunkwise, q, k, v, C) == 2 * T * C * (K + V) + 4 * T * K * V
 
 # %% [markdown]
-# By this count, and beyond the first few dozen tokens, the recurrent form is the cheapest, and chunks only add to it.
+# By this count the recurrent form is the cheapest from $T = 2KV/(K + V)$ tokens on, and chunks only add to it.
 # Then why do they exist?
 #
 # Because operations are not what the recurrent form waits for.
@@ -651,7 +651,7 @@ record("lin_random_feature_noise", noise, rtol=0.02)
 record("lin_random_feature_noise_independent", independent)
 record("lin_random_feature_median", bands[1.5][0, 1], rtol=0.02)
 
-# %% mystnb={"figure": {"caption": "Left: weight that a stored pair gets, relative to the weight of the pair whose key is the query; the band of elu + 1 is over directions. A kernel that is high on the left of the query listens to everybody. The Taylor kernel rises again for opposite keys. Right: positive random features at the pair that should be recalled, the median draw and the middle four fifths of the draws. The mean of all draws is right; the typical draw for long keys is far too small.", "name": "fig-lin-kernels"}, "image": {"alt": "Left: kernels against the inner product of query and key: exponential falls fast to zero, Taylor less and turns up at the left, elu plus one hardly falls, the identity is a straight line. Right: estimate over truth against the number of random features for three key lengths; the spread narrows around one, slower for longer keys, whose median starts far below one."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Left: weight that a stored pair gets, relative to the weight of the pair whose key is the query; the band of elu + 1 is over directions. A kernel that stays high on the way to the left listens to everybody. The Taylor kernel rises again for opposite keys. Right: positive random features at the pair that should be recalled, the median draw and the middle four fifths of the draws. The mean of all draws is right; the typical draw for long keys is far too small.", "name": "fig-lin-kernels"}, "image": {"alt": "Left: kernels against the inner product of query and key: exponential falls fast to zero, Taylor less and turns up at the left, elu plus one hardly falls, the identity is a straight line. Right: estimate over truth against the number of random features for three key lengths; the spread narrows around one, slower for longer keys, whose median starts far below one."}} tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8))
 length, samples = 2.0, 400
 cosine = torch.linspace(-1, 1, 81, device=device)
@@ -857,7 +857,8 @@ plt.show()
 # $S_t = \operatorname{Diag}(\alpha_t) S_{t-1} + k_t v_t^\top$.
 # No weight on whole pairs gives that, so it is read as this recursion and not as a weighted sum of squares.
 # A decay weakens interference by forgetting the pairs that it comes from, and in no other way.
-# A later chapter is about these weights; here is the one line that they add to the parallel form.
+# {doc}`/notebooks/03_state_space_models` is about these weights; here is the one line that they add to the parallel
+# form.
 
 # %%
 q, k, v, log_decay = normal(50, 6), normal(50, 6), normal(50, 3), -normal(50).abs()
@@ -872,9 +873,9 @@ assert_close(y, ((q @ k.mT) * since) @ v)
 # ```{admonition} Where linear attention meets its neighbours
 # :class: important
 #
-# - **Orthonormal keys.** The delta rule with step size 1, least squares and linear attention are the same
-#   function of the sequence.
-#   With a ridge $\lambda$ least squares is smaller by exactly $1 + \lambda$.
+# - **Orthonormal keys.** The delta rule with step size 1, least squares without a ridge and linear attention are
+#   the same function of the sequence.
+#   With a ridge $\lambda$ the answer of least squares is divided by exactly $1 + \lambda$.
 #   Away from orthonormal keys the delta rule leads to {doc}`/notebooks/04_delta_rule`.
 # - **A large ridge.** $\lambda\,(K^\top K + \lambda I)^{-1} K^\top V \to K^\top V$ as $\lambda \to \infty$:
 #   linear attention is least squares that believes its prior and hardly its data.
@@ -1036,8 +1037,7 @@ assert_close(y, torch.einsum("bhti,bihv->bthv", agreement, v))
 
 # %% [markdown]
 # The normalised form divides by zero when no key so far shares a sign with the query in any channel.
-# With $d$ channels that has
-# probability $2^{-d}$ for the first of symmetric random keys.
+# If the signs of $d$ channels are fair and independent, that has probability $2^{-d}$ at the first key.
 # A small constant added to every feature prevents it, and flattens the kernel.
 #
 # ````{solution-end}
@@ -1143,7 +1143,7 @@ for feature_map, (second_moment, mu) in moments.items():
 #
 # On the unit sphere the squares sum to 1, which is the constant feature:
 # one feature is a linear combination of others.
-# Normalising keys has taken one dimension from the memory.
+# So $d + d(d+1)/2$ pairs fit: normalising keys has taken one dimension from the memory.
 
 # %%
 d = 8

@@ -20,8 +20,8 @@
 # We derive the decays of RetNet, Mamba-2, gated linear attention and mLSTM as such weights, ask how many pairs a
 # decaying memory holds and how many it should hold, and arrive at the same recurrences from the other end, as
 # linear systems in continuous time.
-# At the end every recurrence of this book becomes a cloud of eigenvalues in the unit disc, and one look tells what
-# each of them cannot do.
+# At the end eight recurrences become clouds of eigenvalues in the unit disc, and one look tells what some of them
+# cannot do.
 
 # %% tags=["parameters"]
 scale = "smoke"  # "full": the sizes of a GPU run
@@ -60,13 +60,14 @@ def randn(*shape):
 # ```{math}
 # :label: ssm-eq-weights
 # S_t = \operatorname*{arg\,min}_S \tfrac12 \sum_{i \le t} \gamma_i^{(t)} \lVert v_i - S^\top k_i \rVert^2,
-# \qquad \gamma_i^{(t)} = \prod_{j=i+1}^{t} \alpha_j, \qquad 0 \le \alpha_j \le 1 .
+# \qquad \gamma_i^{(t)} = \prod_{j=i+1}^{t} \alpha_j, \qquad 0 < \alpha_j \le 1 .
 # ```
 #
 # The newest pair has weight one. Each later token multiplies the weight of everything before it by its own $\alpha$.
 # So nobody has to look at the past again to weigh it: $\gamma_i^{(t)} = \alpha_t\, \gamma_i^{(t-1)}$.
 #
-# Stack the keys and values as rows of $K$ and $V$ and the weights on the diagonal of $\Gamma_t$. The minimiser is
+# Stack the keys and values as rows of $K$ and $V$ and the weights on the diagonal of $\Gamma_t$.
+# Once the keys span their space, the minimiser is
 #
 # ```{math}
 # :label: ssm-eq-solution
@@ -153,10 +154,10 @@ assert_close(-torch.func.grad(sum_of_squares)(torch.zeros_like(memory)), memory)
 # :label: ssm-prop-bias-variance
 # Let all keys be $1$, so that the memory is a weighted mean, and let $v_t = \theta_t + \varepsilon_t$ with independent
 # noise of variance $\sigma^2$.
-# Let $\theta$ have been the same for all time and then jump by $\Delta$. After $s$ pairs of the new world
+# Let $\theta$ have been the same for all time and then jump by $\delta$. After $s$ pairs of the new world
 #
 # $$
-# \mathbb E\, (m_t - \theta_t)^2 = \underbrace{\Delta^2 \alpha^{2s}}_{\text{what is still remembered}}
+# \mathbb E\, (m_t - \theta_t)^2 = \underbrace{\delta^2 \alpha^{2s}}_{\text{what is still remembered}}
 #   + \underbrace{\sigma^2\, \frac{1 - \alpha}{1 + \alpha}}_{\text{what is not averaged away}} .
 # $$
 # ```
@@ -166,19 +167,19 @@ assert_close(-torch.func.grad(sum_of_squares)(torch.zeros_like(memory)), memory)
 # $1/(1-\alpha)$ by {eq}`ssm-eq-length`.
 # Pairs of the old world have ages $s, s+1, \dots$ and total weight $\alpha^s/(1-\alpha)$, so that the mean is off by
 # the share $\alpha^s$ of the jump.
-# The noise has variance $\sigma^2 \sum_s \alpha^{2s} (1-\alpha)^2 = \sigma^2 (1-\alpha)^2/(1-\alpha^2)$.
+# The noise has variance $\sigma^2 \sum_{u \ge 0} \alpha^{2u} (1-\alpha)^2 = \sigma^2 (1-\alpha)^2/(1-\alpha^2)$.
 # ```
 #
 # A least-squares memory with keys of $d$ channels fits $d$ numbers for each value.
-# Where it is long against $d$, its weighted second moment $K^\top\Gamma_t K$ is near its mean,
-# the same computation goes through, and the noise counts $d$ times.
-# Let the world switch every $L$ pairs. With $n = 1/(1-\alpha)$, averaged over a segment and for $1 \ll n \ll L$,
+# Where the memory is long against $d$ and the keys are uniform on the sphere, its weighted second moment
+# $K^\top\Gamma_t K$ is near its mean, the same computation goes through, and the noise counts $d$ times.
+# Let the world switch every $L$ pairs. With $n = 1/(1-\alpha)$, averaged over a segment and for $d \ll n \ll L$,
 #
 # ```{math}
 # :label: ssm-eq-tradeoff
-# \text{error} \approx \frac{\Delta^2}{L} \sum_{s=0}^{L-1} \alpha^{2s} + d\,\sigma^2\, \frac{1-\alpha}{1+\alpha}
-#   \approx \frac{\Delta^2 n}{2L} + \frac{d\,\sigma^2}{2n},
-# \qquad n^\star = \frac{\sigma}{\Delta} \sqrt{d\,L} .
+# \text{error} \approx \frac{\delta^2}{L} \sum_{s=0}^{L-1} \alpha^{2s} + d\,\sigma^2\, \frac{1-\alpha}{1+\alpha}
+#   \approx \frac{\delta^2 n}{2L} + \frac{d\,\sigma^2}{2n},
+# \qquad n^\star = \frac{\sigma}{\delta} \sqrt{d\,L} .
 # ```
 #
 # The best memory is as long as the square root of the time between switches.
@@ -186,8 +187,8 @@ assert_close(-torch.func.grad(sum_of_squares)(torch.zeros_like(memory)), memory)
 #
 # To separate forgetting from the other shortcoming of linear attention, the experiment uses the exact solution
 # {eq}`ssm-eq-solution` with a small ridge.
-# Keys are uniform on the sphere in $d = 16$ channels. Each of eight segments has a linear function $w_s$ of its own,
-# with $w_s \sim N(0, I)$, so that values have variance one and $\Delta^2 = 2$.
+# Keys are uniform on the unit sphere in $d$ channels. Each segment has a linear function $w$ of its own,
+# with $w \sim N(0, I)$, so that values have variance one and $\delta^2 = 2$.
 # Each value is predicted before it is shown.
 
 # %%
@@ -244,7 +245,7 @@ for L in sizes["segment_lengths"]:
     tradeoff[L] = torch.stack(errors)
     predicted[L] = [2 / L * (1 - a ** (2 * L)) / (1 - a**2) + d * noise**2 * (1 - a) / (1 + a) for a in alphas]
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Least squares that forgets, in a world that switches. Left: squared error by the number of pairs since the switch, with little noise; lines are means over seeds and switches, bands the middle four fifths of the seeds. A memory that keeps everything stays wrong for as long as the segment lasts; the shortest one recovers first, after the largest errors, and ends on the highest noise. Right: error against the length of the memory, with much noise, for three segment lengths, points one a seed; dashed the prediction, diamonds its minimum. The best length grows as the square root of the segment.", "name": "ssm-fig-switch"}, "image": {"alt": "Two plots. Left, error after a switch on a logarithmic axis for four decays and an emptied memory: without decay it hardly falls; with a decay of one hundredth it falls slowly; with one tenth quickly to a low level; with three tenths it first rises, then falls fastest of the four and stops at a higher level; the emptied memory falls off after sixteen pairs. Right: three U-shaped curves of error against memory length, the minimum moving right and down for longer segments, near the dashed prediction."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Least squares that forgets, in a world that switches. Left: squared error by the number of pairs since the switch, with little noise; lines are means over seeds and switches, bands the middle four fifths of the seeds. A memory that keeps everything stays wrong for as long as the segment lasts; the shortest one recovers first, after the largest errors, and ends on the highest noise. Right: error against the length of the memory, with much noise, for three segment lengths, points one a seed; dashed the prediction, diamonds its minimum. The prediction wants a memory longer than the $d$ unknowns and shorter than the segment, and fails outside. The best length grows with the segment.", "name": "ssm-fig-switch"}, "image": {"alt": "Two plots. Left, error after a switch on a logarithmic axis for four decays and an emptied memory: without decay it hardly falls; with a decay of one hundredth it falls slowly; with one tenth quickly to a low level; with three tenths it first rises, then falls fastest of the four and stops at a higher level; the emptied memory falls off after sixteen pairs. Right: three U-shaped curves of error against memory length, the minimum moving right and down for longer segments, near the dashed prediction."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
 styles = ["-", "--", "-.", ":", "-"]
 for (name, error), style in zip(after_switch.items(), styles, strict=True):
@@ -299,10 +300,10 @@ for L in (middle, longest):
 # {glue:text}`ssm_switch_090:.2f` at $\alpha = 0.9$, {glue:text}`ssm_switch_070:.2f` at $\alpha = 0.7$.
 # A memory that is emptied at each switch has {glue:text}`ssm_switch_emptied:.2f`.
 # It needs to see $d$ pairs before it knows everything, and for functions drawn like these nothing that starts at the
-# switch can do better.
+# switch can do much better.
 #
 # Two things in the left panel deserve a second look.
-# At $\alpha = 0.9$ the length is ten pairs, fewer than the sixteen unknowns, and yet it is the best of the four.
+# At $\alpha = 0.9$ the length is ten pairs, fewer than the $d$ unknowns, and yet it is the best of the four.
 # With next to no noise a weight need not be large to count; it must only be larger than that of the pairs it
 # contradicts.
 # And $\alpha = 0.7$ recovers first, but pays for it twice.
@@ -463,8 +464,8 @@ assert log_gate.float().exp().isinf().any()
 #   + \underbrace{\int_0^\Delta e^{A\tau}\, d\tau\; B}_{\bar B = A^{-1}(e^{A\Delta} - I)\, B}\; u_t .
 # ```
 #
-# For small steps $\bar B \approx \Delta B$: that is the $\Delta_t\, k_t$ of Mamba-2 {eq}`ssm-eq-mamba`, and its
-# $e^{-a\Delta_t}$ is $\bar A$ for a scalar $A = -a$.
+# (The form with $A^{-1}$ needs an invertible $A$.) For small steps $\bar B \approx \Delta B$: that is the
+# $\Delta_t\, k_t$ of Mamba-2 {eq}`ssm-eq-mamba`, and its $e^{-a\Delta_t}$ is $\bar A$ for a scalar $A = -a$.
 # The formula can be checked with no algebra of ours. Append the constant input to the state, and one matrix
 # exponential solves everything:
 
@@ -499,7 +500,7 @@ assert_close(ratio[:, -1], torch.full_like(rate, 1e-3), rtol=5e-3, atol=0.0)  # 
 #
 # A diagonal $A$ with entries that are real and negative gives sums of falling exponentials.
 # S4D takes complex ones. The initial values of S4D-Lin are $A_n = -\tfrac12 + \mathrm i \pi n$: all channels forget
-# at the same rate, and the $n$-th turns $n$ times as fast as the first. So $\kappa$ starts as a Fourier basis
+# at the same rate, and the $n$-th turns $n$ times as fast as the first. So $\kappa$ starts as a Fourier series
 # under one envelope. In `ttr` a complex entry is a pair of real channels.
 
 # %%
@@ -559,7 +560,7 @@ assert_close(y.flatten(), recurrent)
 # ```{prf:proposition} The mask has rank one below the diagonal
 # :label: ssm-prop-semiseparable
 # Let all $\alpha_t > 0$. Each block of $L$ whose columns end before its rows begin has rank one, and the same block
-# of $L \odot QK^\top$ has at most the rank of the key size.
+# of $L \odot QK^\top$ has a rank of at most the size of a key.
 # ```
 #
 # ```{prf:proof}
@@ -571,7 +572,7 @@ assert_close(y.flatten(), recurrent)
 # Such a block is what a later stretch of tokens has to know about an earlier one.
 # Its rank bounds the state: the block passes through a memory with one row for each key channel.
 # The chunk form uses this directly. Blocks on the diagonal are computed as attention, blocks below it through the
-# state. So the same sum has three orders of summation, and two of them were known long before they met.
+# state. So the same sum has three orders of summation.
 
 # %%
 q, k, v = randn(96, 8), randn(96, 8), randn(96, 5)
@@ -608,7 +609,7 @@ below = (slice(48, None), slice(0, 48))
 assert torch.linalg.matrix_rank(L[below]) == 1
 assert torch.linalg.matrix_rank((L * (q @ k.mT))[below]) == 8
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Four masks: what the pair in a column weighs in the answer of a row. Linear attention keeps everything, RetNet a band of fixed width. Mamba-2 with one large time step cuts the past off at one token and keeps the rest; with a time step of zero it leaves a column empty. The weights of S4D turn as they fade, and change their sign.", "name": "ssm-fig-masks"}, "image": {"alt": "Four square heat maps, lower triangular. The first is uniformly dark; the second fades away from the diagonal; the third is made of two triangles with an empty block between them and empty columns; the fourth has stripes of alternating sign parallel to the diagonal."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Four masks: what the pair in a column weighs in the answer of a row. Linear attention keeps everything, RetNet a fading band of fixed width. Mamba-2 fades too; with one large time step it cuts the past off at one token, and with a time step of zero it leaves a column empty. The weights of S4D turn as they fade, and change their sign.", "name": "ssm-fig-masks"}, "image": {"alt": "Four square heat maps, lower triangular. The first is uniformly dark; the second fades away from the diagonal; the third is made of two triangles with an empty block between them and empty columns; the fourth has stripes of alternating sign parallel to the diagonal."}}
 tokens = 48
 time_steps = torch.full((tokens,), 0.4)
 time_steps[28] = 4.0  # this token clears the memory
@@ -654,7 +655,7 @@ for log_decay in (strong[None, :, None], strong[None, :, None, None].expand(1, -
 # %% [markdown]
 # ## What the eigenvalues say
 #
-# All memories with a matrix for a state have the form
+# A memory whose state is one matrix, and whose next state is linear in it, has the form
 #
 # ```{math}
 # :label: ssm-eq-transition
@@ -751,7 +752,7 @@ for name, values in eigenvalues.items():
 # {cite:t}`grazzi2024unlocking` prove that in finite precision no stack of such layers, however deep, recognises the
 # parity of strings of any length. {doc}`/notebooks/04_delta_rule` builds the negative eigenvalue that does.
 #
-# **S4D has negative eigenvalues, and cannot either.** Its signs do not depend on the token.
+# **S4D has negative eigenvalues, and they do not help.** Its signs do not depend on the token.
 # A channel with $\omega = \pi$ flips at every step, whatever was read: it counts tokens and not ones.
 
 # %%
@@ -788,7 +789,7 @@ assert_close(counted[..., 0, 0], parity)
 # - All tokens decay alike: that is RetNet. Nothing decays: linear attention.
 # - No channel turns: S4D is RetNet with a constant a channel.
 # - Time steps of one and a rate of zero: Mamba-2 is linear attention.
-# - A decay of zero at every token: only the newest pair is left, $y_t = (k_t^\top q_t)\, v_t$.
+# - Factors $\alpha_t \to 0$: only the newest pair is left, $y_t = (k_t^\top q_t)\, v_t$.
 # - A large ridge that stays: the exact solution times the ridge is the decayed sum.
 # ```
 #
@@ -919,7 +920,7 @@ assert_close(error[:, 100:].square().mean().item(), expected, rtol=0.1, atol=0.0
 # :label: ssm-exercise-shift
 # A transition need not be diagonal. Which $A$, $B$ and $C$ make {eq}`ssm-eq-convolution` the delay $y_t = u_{t-3}$?
 # Where are the eigenvalues of $A$, and what does that say about how long the system remembers?
-# Why can no diagonal real system with three channels do it?
+# Why can no diagonal system do it, real or complex, with any number of channels?
 # ```
 #
 # ```{solution-start} ssm-exercise-shift
@@ -929,8 +930,9 @@ assert_close(error[:, 100:].square().mean().item(), expected, rtol=0.1, atol=0.0
 # Four places, each handing its content to the next: $A_{j+1,j} = 1$, $B = e_1$, $C = e_4^\top$.
 # All eigenvalues are $0$: $A^4 = 0$ and everything is forgotten after four tokens, though nothing fades before.
 # Eigenvalues bound what happens in the long run; a matrix that is not normal can behave differently until then.
-# The kernel of a diagonal real system with three channels is a sum of three exponentials $\sum_n c_n a_n^s$. It obeys
-# a linear recurrence of order three, and after the three zeros at $s = 0, 1, 2$ it is zero forever.
+# The kernel of a diagonal system is a sum of exponentials $\sum_n c_n a_n^s$. A channel with $a_n = 0$ adds to $s = 0$
+# only. Those with $a_n \ne 0$ are independent as sequences from any $s$ on. If their sum is zero for all $s \ge 4$,
+# each $c_n$ is zero (for different $a_n$), and nothing is left at $s = 3$.
 # The shift is what H3 puts before its memory {cite:p}`fu2022hungry`, and the short convolutions of today's layers
 # replace it.
 

@@ -105,8 +105,8 @@ assert_close(corrected[:, 1], v[:, 1])
 # ```
 #
 # Least squares minimises the sum of these losses over all pairs at every step.
-# That takes the inverse of a matrix of key products, which is the business of a later chapter.
-# The cheapest thing that is not nothing is one gradient step on the newest term only.
+# That takes the inverse of a matrix of key products ({doc}`/notebooks/06_exact_least_squares`).
+# Far cheaper is one gradient step on the newest term only.
 # The error enters linearly, so the gradient is an outer product:
 #
 # ```{math}
@@ -145,8 +145,8 @@ assert_close(corrected[:, 1], v[:, 1])
 # ```
 #
 # Many online learners of a linear map under the squared loss have the form {eq}`delta-eq-gain`, each with its own
-# $g_t$. Steps scaled entry by entry, several steps a token and momentum need more.
-# That is why the package has one op for all of them, `ttr.ops.delta_rule(q, k, v, gain, log_decay)`.
+# $g_t$. That is why the package has one op for all of them, `ttr.ops.delta_rule(q, k, v, gain, log_decay)`.
+# Steps scaled entry by entry, several steps a token and momentum need more.
 #
 # | learner | gain $g_t$ | what is left of the error, $1 - k_t^\top g_t$ | in the atlas |
 # |---|---|---|---|
@@ -252,7 +252,8 @@ record("delta_gains_rls", final["recursive least squares"], rtol=1e-2)
 
 # %% [markdown]
 # Layers avoid the trouble of the left panel by making keys unit length, as `ttr.layers.RegressionLayer` does.
-# What else the gains buy, and what they cost, is a chapter of its own. Here we stay with $g = \beta k$.
+# What else the gains buy, and what they cost, is in {doc}`/notebooks/05_online_learners`. Here we stay with
+# $g = \beta k$.
 #
 # ## What one write does to everything else
 #
@@ -289,7 +290,7 @@ record("delta_gains_rls", final["recursive least squares"], rtol=1e-2)
 # Three step sizes deserve a name. A small one nudges.
 # **$\beta = 1$ projects**: what the memory answered at $k$ is removed entirely, and replaced.
 #
-# ```{prf:proposition} Kaczmarz: the newest pair exactly, and nothing else that can be spared
+# ```{prf:proposition} Kaczmarz: the newest pair exactly, by the smallest change
 # :label: delta-proposition-kaczmarz
 # Let $\lVert k_t\rVert = 1$ and $\beta_t = 1$.
 # Then $S_t^\top k_t = v_t$, and among all matrices with this property $S_t$ is the one nearest to $S_{t-1}$ in the
@@ -337,7 +338,7 @@ assert (damped > 0).all()  # with β < 1 no eigenvalue is negative, and no sign 
 # ## Forgetting, before correcting
 #
 # The delta rule replaces what it is told to replace. It has no way to drop what nobody mentions again.
-# Gated DeltaNet {cite:p}`yang2024gateddelta` adds the decay of {doc}`/notebooks/02_linear_attention`:
+# Gated DeltaNet {cite:p}`yang2024gateddelta` adds the decay of {doc}`/notebooks/03_state_space_models`:
 # $\bar S_t = \alpha_t S_{t-1}$ in {eq}`delta-eq-gain`, or
 #
 # ```{math}
@@ -1108,8 +1109,8 @@ assert_close(y[0, 4], v[0, 0])  # the other key; β = 0 writes nothing
 # Every order of three rows is one of these, of the identity or of a single swap, so with $n = 3$ one token reaches
 # all.
 # Cleverer keys reach no more.
-# Two rank-one changes leave a space of dimension $n - 2$ fixed, and the permutation matrix of a permutation with $c$
-# cycles fixes exactly $c$ dimensions, so $c \ge n - 2$; those are the permutations that two swaps make.
+# Two rank-one changes leave a space of dimension at least $n - 2$ fixed, and the permutation matrix of a permutation
+# with $c$ cycles fixes exactly $c$ dimensions, so $c \ge n - 2$; those are the permutations that two swaps make.
 # Below, every choice of two swaps (or of none) is run, and the distinct results counted.
 
 # %%

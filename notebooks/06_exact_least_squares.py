@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Exact least squares
 #
-# Linear attention takes for granted that keys are orthogonal. The delta rule corrects its newest pair and disturbs
+# Linear attention takes for granted that keys are orthonormal. The delta rule corrects its newest pair and disturbs
 # the old ones.
 # What if the memory solved its regression completely, at every token, and what would that cost?
 #
@@ -126,10 +126,10 @@ Math(ttr.atlas["mesa_net"].update_rule())
 #
 # ```{prf:theorem} The memory is a belief
 # :label: exact-thm-belief
-# Let each column of $W$ be normal with mean zero and covariance $\sigma^2 \Lambda^{-1}$, and let
-# $v_i = W^\top k_i + \varepsilon_i$ with independent noise of variance $\sigma^2 / \gamma_i$ in each entry.
-# Given the pairs, the columns of $W$ are normal, with the columns of $S = (G + \Lambda)^{-1} C$ as means and the
-# covariance $\sigma^2 P$, where $P = (G + \Lambda)^{-1}$.
+# Let the columns of $W$ be independent and normal with mean zero and covariance $\sigma^2 \Lambda^{-1}$, and let
+# $v_i = W^\top k_i + \varepsilon_i$ with independent normal noise of variance $\sigma^2 / \gamma_i$ in each entry.
+# Given the pairs, the columns of $W$ are independent and normal, with the columns of $S = (G + \Lambda)^{-1} C$ as
+# means and the covariance $\sigma^2 P$, where $P = (G + \Lambda)^{-1}$.
 # An entry of $W^\top q$ has mean $(S^\top q)_j$ and variance $\sigma^2\, q^\top P q$.
 # ```
 #
@@ -225,8 +225,8 @@ record("exact_belief_gap", (sure.amax(1) / sure.amin(1)).median(), rtol=0.02)
 # ## Two ridges
 #
 # In recursive least squares the ridge is the curvature before the first pair, $G_0 = \Lambda$, and decays with
-# everything else. In MesaNet it is added afresh at each solve. Without decay this is the same.
-# With decay, the difference shows when nothing arrives for a while.
+# everything else; where the ridge fades, $G_t$ has it inside from here on. In MesaNet it is added afresh at each
+# solve. Without decay this is the same. With decay, the difference shows when nothing arrives for a while.
 # If $k_t = 0$, then $G_t = \alpha G_{t-1}$ and $C_t = \alpha C_{t-1}$, and so
 #
 # ```{math}
@@ -277,7 +277,7 @@ for name, (design, inputs, stays) in memories.items():
         curves.append(torch.stack([dot(newest[:, 0] @ P, newest[:, 0])[:, 0, 0], P[:, -1, -1]]))
     variance[name] = torch.stack(curves, dim=-1).cpu()  # (seen or unseen, seed, time)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Two meanings of the ridge, with half of the channels used by keys, and silence after the dotted line. Left: length of the answer to the newest pair. Recursive least squares keeps its memory, MesaNet goes back to zero slowly at first, and gated DeltaNet decays with its factor. Right: variance of the belief at the newest key and along a channel that no key has used. A prior that fades winds up without bound; one that stays bounds the doubt. Lines are means over streams, bands run from the least to the greatest.", "name": "exact-fig-ridges"}, "image": {"alt": "Left, three curves against tokens of silence: constant, falling slowly and then faster, falling exponentially. Right, variances on a logarithmic axis: for a fading ridge the unseen channel is a rising straight line from the start and the seen one is low and then rises as steeply; for a staying ridge the unseen channel is constant and the seen one rises towards it."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Two meanings of the ridge, with half of the channels used by keys, and then silence. Left: length of the answer to the newest pair, during the silence. Recursive least squares keeps its memory, MesaNet goes back to zero slowly at first, and gated DeltaNet decays with its factor. Right: variance of the belief at the newest key and along a channel that no key has used; silence begins at the dotted line. A prior that fades winds up without bound; one that stays bounds the doubt. Lines are means over streams, bands run from the least to the greatest.", "name": "exact-fig-ridges"}, "image": {"alt": "Left, three curves against tokens of silence: constant, falling slowly and then faster, falling exponentially. Right, variances on a logarithmic axis: for a fading ridge the unseen channel is a rising straight line from the start and the seen one is low and then rises as steeply; for a staying ridge the unseen channel is constant and the seen one rises towards it."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
 for (name, answers), style in zip(length.items(), ("-", "--", ":"), strict=True):
     (line,) = left.plot(answers.mean(0), style, label=name)
@@ -319,7 +319,7 @@ record("exact_silence_stays", length["ridge stays (MesaNet)"][:, -1].mean(), rto
 # MesaNet still answers with {glue:text}`exact_silence_stays:.2f` of the length it began with: while the data outweigh
 # the prior, it fades more slowly than the decay.
 #
-# The names are apt. One ridge is a prior that the data outgrow. The other is a leak.
+# The ridge that fades is a prior that the data outgrow. The one that stays is a leak.
 #
 # ## The first way: a recursion
 #
@@ -354,8 +354,8 @@ record("exact_silence_stays", length["ridge stays (MesaNet)"][:, -1].mean(), rto
 # so $P_t C_t = S_{t-1} - g_t k_t^\top S_{t-1} + g_t v_t^\top$.
 # ```
 #
-# Compare {eq}`delta-eq-gain`: it is a correction along a gain, and the gain is the newest key, *whitened* by all
-# keys before it. Note what is missing: $S_{t-1}$ does not decay. The decay is inside the gain.
+# Compare {eq}`delta-eq-gain`: it is a correction along a gain, and the gain is the newest key, multiplied by the
+# inverse curvature of all keys so far. Note what is missing: $S_{t-1}$ does not decay. The decay is inside the gain.
 # In ten lines, for one head:
 
 
@@ -523,7 +523,7 @@ for t in (0, 10, 23):
 # %% [markdown]
 # The ten lines have one weakness: $e^{-c_t/2}$ overflows where a chunk forgets nearly everything.
 # The op of the package measures what cancels, cuts such chunks in halves, and solves token by token in the end.
-# It factorises the same matrix, but whitens queries with it and leaves the values to linear attention, which is
+# It factorises the same matrix, but applies its factor to the queries and leaves the values to linear attention, which is
 # handier for gradients.
 
 # %%
@@ -621,7 +621,7 @@ print(caught[0].message)  # too few steps do not pass in silence
 # For $\hat p$ take the Chebyshev polynomial $T_m$ of degree $m = k - j$, moved to this interval and scaled to
 # $\hat p(0) = 1$. It is at most $1 / T_m\bigl(\frac{\kappa_j + 1}{\kappa_j - 1}\bigr)$ there.
 # With $z = \frac{\sqrt{\kappa_j} + 1}{\sqrt{\kappa_j} - 1}$ the argument is $\frac12 (z + z^{-1})$, at which
-# $T_m = \frac12 (z^m + z^{-m}) \ge \frac12 z^m$.
+# $T_m = \frac12 (z^m + z^{-m}) \ge \frac12 z^m$. (For $\kappa_j = 1$ take $\hat p(\mu) = (1 - \mu/\mu_d)^m$.)
 # ```
 #
 # The case $j = 0$ is the textbook's, with $\kappa = \mu_1 / \mu_d$.
@@ -821,8 +821,8 @@ record("exact_gradient_implicit", stored(Solve.apply), rtol=0.3)
 # x_1 = \frac{q^\top q}{q^\top (G + \Lambda)\, q}\; q, \qquad y = C^\top x_1 .
 # ```
 #
-# **One step is linear attention**, with the best length for each query. None is silence, all of them are least
-# squares. The number of steps is a dial.
+# **One step is linear attention**, with the length for each query that is best in the norm of the theorem. None is
+# silence, all of them are least squares. The number of steps is a dial.
 
 # %%
 one_step = mesa_in_parallel(*one_head, ridge[0], 1)
@@ -876,7 +876,7 @@ for name, (design, inputs, feature_map) in contenders.items():
         last = n
     held[name] = torch.stack(errors, dim=1).cpu()
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "What exactness buys. Left: squared error of recalling all of $n$ pairs after a number of conjugate-gradient steps, with $d = 32$ and ridge $10^{-3}$; the bottom row is silence, the next one linear attention at its best length, the top least squares. The white line, with a band for the middle four fifths of the seeds, is where the error is as good as the exact one: the solver works hardest at the cliff. Right: the cliff, for $d = 16$; lines are means over seeds, bands the least and the greatest, dashed black curves are $1 - p/n$ with $p$ the number of features. Linear attention and the delta rule err from the start; least squares is exact up to one pair a feature.", "name": "exact-fig-cliff"}, "image": {"alt": "Left, a heat map of recall error over the number of pairs and solver steps: dark, small errors fill the upper left, light ones the right beyond n equals d; a white curve rises from the left to a peak at n equals d and falls again. Right, four curves against the number of pairs: two rise from the start, two stay at zero up to d and up to d times d plus one over two, and then rise along dashed curves."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "What exactness buys. Left: squared error of recalling all of $n$ pairs after a number of conjugate-gradient steps, with ridge $10^{-3}$; the bottom row is silence, the next one linear attention at its best length, the top least squares. The white line, with a band for the middle four fifths of the seeds, is where the error is as good as the exact one: the solver works hardest at the cliff. Right: the cliff, for keys of $d$ channels and for their $d(d+1)/2$ products; lines are means over seeds, bands the least and the greatest, dashed black curves are $1 - p/n$ with $p$ the number of features. Linear attention and the delta rule err from the start; least squares is exact up to one pair a feature.", "name": "exact-fig-cliff"}, "image": {"alt": "Left, a heat map of recall error over the number of pairs and solver steps: dark, small errors fill the upper left, light ones the right beyond n equals d; a white curve rises from the left to a peak at n equals d and falls again. Right, four curves against the number of pairs: two rise from the start, two stay at zero up to d and up to d times d plus one over two, and then rise along dashed curves."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
 share, colours = torch.tensor(counts) / d, {"cmap": "cividis", "vmin": 0, "vmax": 1}
 image = left.pcolormesh(share, range(most + 1), surface.mean(0), shading="nearest", rasterized=True, **colours)
@@ -923,8 +923,8 @@ assert (held["least squares"][:, twice] < held["delta rule"][:, twice]).all()
 # %% [markdown]
 # With $n = d/4$, $d$ and $4d$ pairs it takes {glue:text}`exact_surface_few:.1f`, {glue:text}`exact_surface_full:.1f` and
 # {glue:text}`exact_surface_many:.1f` steps, on average, to be as good as exact.
-# Far from the cliff on either side a few steps do. On the left there are few different eigenvalues, on the right they
-# are nearly equal.
+# Far from the cliff on either side a few steps do, because the eigenvalues that a stored key meets are of similar size:
+# on the left those of its $n$ directions, on the right all $d$.
 # At $n = d$ one step errs by {glue:text}`exact_surface_one_step:.2f`, all steps by {glue:text}`exact_surface_exact:.2f`.
 #
 # With twice as many pairs as channels the squared errors are {glue:text}`exact_twice_linear_attention:.2f` for linear
@@ -932,7 +932,7 @@ assert (held["least squares"][:, twice] < held["delta rule"][:, twice]).all()
 # {glue:text}`exact_twice_least_squares:.2f` for least squares.
 # {prf:ref}`lin-prop-capacity` gave the law: the answers are a projection of $n$ values on a space of $p$ dimensions,
 # which keeps the share $p/n$.
-# The products of two channels have $p = d(d+1)/2$ features, and their cliff is where they say.
+# The products of two channels have $p = d(d+1)/2$ features, and their cliff is at $n = p$.
 # The state has the square of that many numbers.
 #
 # ## To fit is not to learn
@@ -943,11 +943,12 @@ assert (held["least squares"][:, twice] < held["delta rule"][:, twice]).all()
 # ```{prf:theorem} Stored and learned
 # :label: exact-thm-risk
 # Let the $n$ keys be independent standard normal vectors in $\mathbb R^d$ and $v_i = W^\top k_i + \varepsilon_i$ with
-# noise of variance $\sigma^2$ in each entry. For the least-squares fit without ridge, of least norm where there are
-# many, and per entry of the value:
+# independent noise of variance $\sigma^2$ in each entry. For the least-squares fit without ridge, of least norm where
+# there are many, and per entry of the value:
 #
 # 1. At the stored keys, $n \ge d$: the mean square of $v_i - S^\top k_i$ is $\sigma^2 (1 - d/n)$.
-# 2. At a new key: with $\omega^2$ the mean squared length of a column of $W$,
+# 2. At a new key of the same kind the expected squared error, beside the noise, is $\lVert S - W \rVert_F^2 / V$.
+#    With $\omega^2$ the mean squared length of a column of $W$,
 #
 # $$
 # \mathbb E\, \frac{\lVert S - W \rVert_F^2}{V} =
@@ -977,9 +978,9 @@ assert (held["least squares"][:, twice] < held["delta rule"][:, twice]).all()
 # the same argument with rows for columns. The mixed term has mean zero.
 # ```
 #
-# At $n = d$ the expectation is infinite. The last free direction is used up to fit noise, with whatever slope that
-# takes.
-# More data then helps, and so would have less: the error has two descents {cite:p}`hastie2019surprises`.
+# At $n = d$, and one pair to either side, the expectation is infinite. The last free direction is used up to fit
+# noise, with whatever slope that takes.
+# From there, more data helps and fewer would too: this is known as double descent {cite:p}`hastie2019surprises`.
 # By {prf:ref}`exact-thm-belief` the remedy is known beforehand: $\lambda = \sigma^2/\tau^2$.
 
 # %%
@@ -1044,7 +1045,7 @@ record("exact_descent_ridge", learned["ridge σ²/τ²"].median(0).values[full],
 # The stored pairs show nothing of this. There the fit without ridge is perfect.
 #
 # Does stopping the solver early do the work of the ridge?
-# It depends on what is solved for: the whitened queries, $G x = q$, as the layers do it, or the memory itself,
+# It depends on what is solved for: one system a query, $G x = q$, as the layers do it, or the memory itself,
 # $G S = C$. At the end both give the same answers. On the way there, with $n = d$ and no ridge:
 
 # %%
@@ -1070,8 +1071,8 @@ record("exact_stopped_best", stopped["memory"].argmin(), atol=1)
 # A new query has as much of itself along small eigenvalues as along large ones, while $C$ has little along the small.
 # **Few steps are no ridge** in a layer that solves for its queries.
 #
-# So a memory that must *recall* wants a small ridge, and one that must *predict* wants one as large as the noise.
-# That is why layers learn it.
+# So a memory that must *recall* wants a small ridge, and one that must *predict* wants noise over prior.
+# A layer can learn which.
 #
 # ## What it costs
 #
@@ -1224,7 +1225,7 @@ assert noise**2 * d / 2 <= chosen <= noise**2 * d * 2  # within a factor of two 
 # The polynomial $\prod (1 - \mu/\mu_i)$ over the different eigenvalues has degree $m$ and vanishes at all of them, so
 # $m$ steps are exact.
 # For orthonormal keys $G$ is a projection and $M$ has the eigenvalues $\lambda$ and $1 + \lambda$: two steps, and one
-# if the query is itself a sum of keys.
+# if the query is itself a combination of keys.
 # Equal inner products $\rho$ give $G$ the eigenvalues $1 - \rho$, $1 - \rho + n\rho$ and 0: three steps, however
 # correlated the keys.
 
