@@ -90,8 +90,8 @@ def unit(*shape):
 # ```
 #
 # This is the estimator of {cite:t}`nadaraya1964estimating` and {cite:t}`watson1964smooth`.
-# With $\kappa(q, k) = e^{q^\top k / h^2}$ the $p_{ti}$ are a softmax, and {eq}`soft-eq-nadaraya-watson` is the
-# attention of {cite:t}`vaswani2017attention`.
+# With $\kappa(q, k) = e^{q^\top k / h^2}$, $h$ the *bandwidth*, the $p_{ti}$ are a softmax, and
+# {eq}`soft-eq-nadaraya-watson` is the attention of {cite:t}`vaswani2017attention`.
 # {cite:t}`tsai2019transformer` read attention as a kernel smoother, and {cite:t}`wang2025testtime` as a point among
 # regressions:
 #
@@ -470,9 +470,9 @@ for design in accuracy:
 # In regression the values are noisy, $v_i = m(k_i) + \varepsilon_i$ with variance $s^2$, and the query is new.
 # A wide kernel averages the noise away and the function with it.
 #
-# Let keys have a density $f$ on a space of $p$ dimensions, and look at a query far from the edge.
-# Write $k = q + hz$ and expand $m$ and $f$ around $q$.
-# The Gaussian kernel is even, so odd powers of $h$ drop out:
+# Let keys have a density $f$ on a space of $p$ dimensions ($p_i$ stays a weight), and look at a query far from the
+# edge. Write $k = q + hz$ and expand $m$ and $f$ around $q$.
+# The Gaussian kernel is even, so odd powers of $h$ drop out. With the Laplacian $\Delta$, the sum of second derivatives:
 #
 # ```{math}
 # :label: soft-eq-bias

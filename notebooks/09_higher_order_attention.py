@@ -193,7 +193,8 @@ assert_close(equivalent_weights(p, mean, u, k1) @ v1, y)
 # %% [markdown]
 # ## Weights that may be negative
 #
-# The answer is linear in the values, as with every exact fit. Collect what each value counts:
+# The answer is linear in the values, as with every exact fit. Collect what each value counts, the $H_i(q)$ of the
+# page {doc}`/book/notation`, here $\ell_i$:
 #
 # ```{math}
 # :label: local-eq-weights
