@@ -17,9 +17,9 @@
 # It has no state of fixed size and no weights that change while it reads.
 # What does softmax attention fit?
 #
-# A constant, again for every query, to the pairs whose keys are near the query.
-# Statisticians have called it kernel smoothing since 1964.
-# This chapter derives it, asks which kernel a dot product is, and finds that it carries a weight nobody asked for.
+# A constant, fitted anew for every query, to the pairs whose keys are near the query.
+# Statisticians have had it since 1964 and call it kernel smoothing.
+# This chapter derives it, asks which kernel a dot product is, and finds that it gives long keys an extra weight.
 # Normalising queries and keys removes that weight.
 # Then the temperature turns out to be a bandwidth, and we compute and measure which bandwidth is best.
 
@@ -90,8 +90,8 @@ def unit(*shape):
 # ```
 #
 # This is the estimator of {cite:t}`nadaraya1964estimating` and {cite:t}`watson1964smooth`.
-# With $\kappa(q, k) = e^{q^\top k / h^2}$ the $p_{ti}$ are a softmax, and {eq}`soft-eq-nadaraya-watson` is the
-# attention of {cite:t}`vaswani2017attention`.
+# With $\kappa(q, k) = e^{q^\top k / h^2}$, $h$ the *bandwidth*, the $p_{ti}$ are a softmax, and
+# {eq}`soft-eq-nadaraya-watson` is the attention of {cite:t}`vaswani2017attention`.
 # {cite:t}`tsai2019transformer` read attention as a kernel smoother, and {cite:t}`wang2025testtime` as a point among
 # regressions:
 #
@@ -106,7 +106,7 @@ def unit(*shape):
 #
 # ## Ten lines
 #
-# The form below takes any similarity and any further log-weight, such as a decay.
+# The function below takes any similarity and any further log-weight, such as a decay.
 # To make the regression visible, it solves a least-squares problem with one column of ones.
 
 
@@ -180,7 +180,7 @@ assert_close(y, fast.transpose(1, 2))
 # {eq}`soft-eq-nadaraya-watson`. If the keys have one length, so does the factor of the keys.
 # ```
 #
-# At unit length we can watch the identity hold to the last digit.
+# At unit length the two agree to rounding.
 
 # %%
 weights = {}
@@ -220,7 +220,7 @@ assert (near - ttr.regress(softmax_attention, q, k, v)[0]).norm() > 0.1 * near.n
 #
 # The same fact about the output layer of language models is the stolen probability of
 # {cite:t}`demeter2020stolen`.
-# On the unit sphere no key is a convex combination of others, so QK-norm makes every key reachable.
+# On the unit sphere no key is a convex combination of different ones, so QK-norm makes every key reachable.
 # In the plane one can see it.
 
 # %%
@@ -301,8 +301,8 @@ for spread, shares in zip(spreads, found["dot product"], strict=True):
 # finds {glue:text}`soft_recall_dot_100:.2f`.
 # Both alternatives find all.
 #
-# Is the weight always a fault? It is a learned importance, shared by all queries. A layer may want one: a key that is
-# long and points nowhere in particular can collect the attention of queries that have nothing to look for.
+# Is the weight always a fault? It is a learned importance, shared by all queries. A layer may want one: a long key
+# along a direction that all queries share can collect the attention of those that have nothing to look for.
 # But then importance and direction are tied together in one vector, and training can move one only by moving the
 # other.
 # In the design space the importance is a choice of its own, `ttr.InputGate()`, and an exercise below takes the
@@ -365,7 +365,7 @@ plt.show()
 # How high must it be? High enough that one pair outweighs $n$ others; an exercise makes that a bound that grows with
 # $\log n$.
 #
-# The familiar $1/\sqrt d$ is the same number in another disguise.
+# How does this agree with the familiar factor $1/\sqrt d$?
 # If the entries of queries and keys are independent with variance one, $q^\top k$ has variance $d$, and
 # $h^2 = \sqrt d$ makes the logits of size one {cite:p}`vaswani2017attention`.
 # A unit vector has entries of variance $1/d$. For it the same logits need $1/h^2 = \sqrt d$: a factor $d$ between the
@@ -388,7 +388,7 @@ for name, values in logits.items():
 # {cite:t}`dehghani2023scaling` met this at the scale of eight billion parameters and cured it with QK-norm.
 # A model of one layer is enough to see it.
 # The task is recall of key–value pairs. The models differ in the normalisation of queries and keys, and in the
-# temperature they start with, which the last paragraph asks for.
+# temperature they start with: $\sqrt d$ at unit length and $1/\sqrt d$ otherwise, as we have just seen.
 
 # %% tags=["remove-stderr"]
 from lightning.pytorch import Trainer, seed_everything
@@ -432,7 +432,7 @@ accuracy = {
     for design in ("softmax_attention", "qk_norm_attention")
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Accuracy after a short training on associative recall, against the learning rate: the line is the mean, each point a seed. With QK-norm the range of learning rates that work is wider, at both ends.", "name": "soft-fig-learning-rate"}, "image": {"alt": "Accuracy against learning rate on a logarithmic axis. Softmax attention is near zero at the smallest and the largest rate and near one between; QK-norm attention is near one over the whole range."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Accuracy after a short training on associative recall, against the learning rate: the line is the mean, each point a seed. With QK-norm the range of learning rates that work is wider, at both ends.", "name": "soft-fig-learning-rate"}, "image": {"alt": "Accuracy against learning rate on a logarithmic axis. Softmax attention is near zero at the smallest and the largest rate and near one between, but for one seed; QK-norm attention is near one over the whole range."}}
 figure, axes = plt.subplots(figsize=(6.5, 3.3))
 for (design, results), style in zip(accuracy.items(), ("o-", "^--"), strict=True):
     (line,) = axes.plot(learning_rates, results.mean(1), style[1:], label=ttr.atlas[design].name)
@@ -455,7 +455,8 @@ for design in accuracy:
     record(f"soft_trained_fast_{design}", mean[design][-1], atol=0.35)  # at the edge a seed more or less may fail
 
 # %% [markdown]
-# At the middle rate both models answer everything.
+# At the middle rate they reach {glue:text}`soft_trained_middle_softmax_attention:.2f` and
+# {glue:text}`soft_trained_middle_qk_norm_attention:.2f`.
 # At the smallest, softmax attention reaches {glue:text}`soft_trained_slow_softmax_attention:.2f` and QK-norm
 # {glue:text}`soft_trained_slow_qk_norm_attention:.2f`; at the largest,
 # {glue:text}`soft_trained_fast_softmax_attention:.2f` and {glue:text}`soft_trained_fast_qk_norm_attention:.2f`.
@@ -469,9 +470,9 @@ for design in accuracy:
 # In regression the values are noisy, $v_i = m(k_i) + \varepsilon_i$ with variance $s^2$, and the query is new.
 # A wide kernel averages the noise away and the function with it.
 #
-# Let keys have a density $f$ on a space of $p$ dimensions, and look at a query far from the edge.
-# Write $k = q + hz$ and expand $m$ and $f$ around $q$.
-# The Gaussian kernel is even, so odd powers of $h$ drop out:
+# Let keys have a density $f$ on a space of $p$ dimensions ($p_i$ stays a weight), and look at a query far from the
+# edge. Write $k = q + hz$ and expand $m$ and $f$ around $q$.
+# The Gaussian kernel is even, so odd powers of $h$ drop out. With the Laplacian $\Delta$, the sum of second derivatives:
 #
 # ```{math}
 # :label: soft-eq-bias
@@ -494,7 +495,7 @@ for design in accuracy:
 # ```
 #
 # More pairs want a narrower kernel, that is a higher temperature. In many dimensions the exponent is small: to halve
-# the error of a smoother takes $2^{(p+4)/4}$ times as many pairs.
+# the squared error of a smoother takes $2^{(p+4)/4}$ times as many pairs.
 # That is the curse of dimension, and the reason why keys should live on few directions.
 #
 # Unit vectors of $\mathbb R^d$ have $p = d - 1$.
@@ -661,10 +662,10 @@ plt.show()
 # An associative memory in the old sense of the word stores patterns and completes them.
 # Let values be the keys themselves. Then {eq}`soft-eq-nadaraya-watson` replaces a noisy query by a mean of the
 # patterns near it.
-# {cite:t}`ramsauer2020hopfield` showed that this is the update of a Hopfield network with an energy in which the
-# number of patterns it can hold grows exponentially with the dimension, and that one update usually suffices.
-# The classical network {cite:p}`hopfield1982neural` has the linear memory of {doc}`/notebooks/02_linear_attention`
-# and its interference.
+# {cite:t}`ramsauer2020hopfield` showed that this is the update of a Hopfield network with an energy under which
+# the number of patterns it can hold grows exponentially with the dimension, and that one update usually suffices.
+# The classical network {cite:p}`hopfield1982neural` is built on the linear memory of
+# {doc}`/notebooks/02_linear_attention` and suffers from its interference.
 
 # %%
 patterns = unit(1, 64, 1, 32)
@@ -704,7 +705,7 @@ print("state of", softmax_attention.name, "a head:", softmax_attention.cost().st
 
 # %% [markdown]
 # **It cannot extrapolate.** A mean lies between the smallest and the largest value.
-# At the edge of the keys all neighbours are on one side, so even a straight line comes back bent.
+# At the edge of the keys all neighbours are on one side, so even a straight line is answered with a bend.
 # In one dimension, with $m(k) = k$ and the query at the end of a dense set of keys, the mean is taken over a half
 # Gaussian and falls short by $h\sqrt{2/\pi}$. That is of order $h$, where the interior had $h^2$.
 
@@ -726,8 +727,8 @@ for width in (0.05, 0.1, 0.2):
 #
 # ## Limits
 #
-# How this chapter's designs hang together, executed.
-# The package knows some of these limits itself:
+# Some of this chapter's designs turn into others at the end of a parameter's range.
+# The package knows some of these limits itself, and the rest are executed below it:
 
 # %%
 for slug in ("softmax_attention", "sliding_window_attention", "forgetting_attention"):
@@ -766,7 +767,7 @@ assert_close(small, ttr.regress(softmax_attention, q / 20, k / 20, v)[0], atol=1
 # y_t = \mathbb E[v] + \frac{1}{h^2} \operatorname{Cov}(v, k)\, q_t + O(h^{-4}),
 # ```
 #
-# with plain means over the past. The second term is linear attention with keys and values centred.
+# with plain means over the past, token $t$ included. The second term is linear attention with keys and values centred.
 # That random features reach the exponential kernel itself, and at which price, is in
 # {doc}`/notebooks/02_linear_attention`.
 #
@@ -788,7 +789,7 @@ assert_close(small, ttr.regress(softmax_attention, q / 20, k / 20, v)[0], atol=1
 # Given $k = q$, component $i$ has probability $\propto e^{-\lVert q - k_i\rVert^2/2h^2}$, which is $p_i$, and mean
 # $v_i$.
 # So the conditional mean is $\sum_i p_i v_i$, and by the law of total variance the covariance is
-# $\sum_i p_i (v_i - y)(v_i - y)^\top$ plus the width in value space.
+# $\sum_i p_i (v_i - y)(v_i - y)^\top$ plus the square of the width in value space, times the identity.
 # A second attention, with the squares as values, gives it: the memory is unsure where near keys have different values.
 
 # %%
@@ -869,8 +870,8 @@ for n_pairs in (16, 256, 4096):
 # ```
 #
 # $\nabla\rho(q) = \sum_i w_i (k_i - q)/h^2$, so $\nabla\log\rho = (\sum_i p_i k_i - q)/h^2$. Solve for the mean.
-# This is the mean shift of {cite:t}`cheng1995mean`: gradient ascent on a density with a step size that needs no tuning.
-# It ends at the hills, so it sorts keys into clusters.
+# This is the mean shift of {cite:t}`cheng1995mean`: gradient ascent on a log-density, with a step size that needs no
+# tuning. It ends at the hills, so it sorts keys into clusters.
 
 # %%
 centers = 3 * torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9]], dtype=torch.float64, device=device)

@@ -92,11 +92,11 @@ def local(degree, weights):
 # | regressor | constant | line | parabola | line |
 # | optimizer | exact | exact | exact | a learned probe |
 #
-# Statisticians fit lines this way since {cite:t}`cleveland1979robust`, and {cite:t}`fan1996local` is the book about
-# why.
+# {cite:t}`cleveland1979robust` made such lines popular in statistics, and {cite:t}`fan1996local` is the book about why
+# they work.
 #
 # In code the degree is a choice of columns.
-# The form below builds the columns, solves the normal equations, and reads the constant.
+# The function below builds the columns, solves the normal equations, and reads the constant.
 
 
 # %%
@@ -193,7 +193,8 @@ assert_close(equivalent_weights(p, mean, u, k1) @ v1, y)
 # %% [markdown]
 # ## Weights that may be negative
 #
-# The answer is linear in the values, as with every exact fit. Collect what each value counts:
+# The answer is linear in the values, as with every exact fit. Collect what each value counts, the $H_i(q)$ of the
+# page {doc}`/book/notation`, here $\ell_i$:
 #
 # ```{math}
 # :label: local-eq-weights
@@ -206,8 +207,8 @@ assert_close(equivalent_weights(p, mean, u, k1) @ v1, y)
 # ```{prf:proposition} The equivalent weights
 # :label: local-proposition-weights
 # $\sum_i \ell_i = 1$ and $\sum_i \ell_i k_i = q - \lambda u$.
-# With $\lambda = 0$ the weights have their centre of mass at the query, and every affine function is reproduced
-# exactly. If $q$ lies outside the convex hull of the keys, some $\ell_i$ are then negative.
+# With $\lambda = 0$ and an invertible covariance the weights have their centre of mass at the query, and every affine
+# function is reproduced exactly. If $q$ lies outside the convex hull of the keys, some $\ell_i$ are then negative.
 # ```
 #
 # ```{prf:proof}
@@ -275,30 +276,32 @@ plt.show()
 # How much is gained? Expand the function around the query,
 # $m(k) = m(q) + m'(q)(k - q) + \text{rest}$.
 # The weights of the line sum to one and are centred, so both first terms come out right, whatever the keys are.
-# For one-dimensional keys, values without noise and $\lambda = 0$ this leaves
+# For one-dimensional keys, values without noise and $\lambda = 0$, Taylor's theorem leaves
 #
 # ```{math}
 # :label: local-eq-bound
 # \lvert y - m(q) \rvert \le \tfrac12 \max \lvert m'' \rvert \sum_i \lvert \ell_i \rvert\, (k_i - q)^2 .
 # ```
 #
-# The kernel reaches about $h$ far, so the sum is of order $h^2$: at the boundary, in the interior, for any density.
+# The kernel reaches about $h$ far, so the sum is of order $h^2$: at the boundary and in the interior, for any smooth
+# density.
 # The constant has no such luck. Its first-order term is $m'(q)(\mu - q)$, and at an edge $\mu - q$ is of order $h$.
 #
 # ```{prf:theorem} Boundary bias
 # :label: local-theorem-boundary
-# Let keys have a density that is continuous and positive on $[a, b]$ with bounded derivative, let $m$ have two
-# continuous derivatives, and let $h \to 0$ with $nh \to \infty$.
-# Take the Gaussian kernel $\kappa$, a query $q = b - \tau h$, and the moments
-# $\mu_j = \int_{-\infty}^{\tau} z^j \kappa(z)\, dz$. Then the biases are
+# Let keys be independent draws from a density $f$ that is positive on $[a, b]$ with bounded derivative, let $m$ have
+# two continuous derivatives, $\lambda = 0$, and let $h \to 0$ with $nh \to \infty$.
+# Take the Gaussian kernel $\kappa$, a query $q = b - \tau h$ with $\tau$ fixed, and the moments
+# $\mu_j = \int_{-\infty}^{\tau} z^j \kappa(z)\, dz$. Then, in probability over the keys, the biases are
 #
 # $$
-# \text{constant:} \quad h\, m'(q)\, \frac{\mu_1}{\mu_0} + O(h^2), \qquad
+# \text{constant:} \quad h\, m'(q)\, \frac{\mu_1}{\mu_0} + o(h), \qquad
 # \text{line:} \quad \frac{h^2}{2}\, m''(q)\, \frac{\mu_2^2 - \mu_1 \mu_3}{\mu_0 \mu_2 - \mu_1^2} + o(h^2) .
 # $$
 #
-# At the boundary, $\tau$ fixed, the constant errs by order $h$ and the line by order $h^2$.
-# In the interior, $\tau \to \infty$, $\mu_1$ vanishes and both err by order $h^2$.
+# So at the boundary the constant errs by order $h$ and the line by order $h^2$.
+# For a fixed query in the interior the same holds with $\tau = \infty$. There $\mu_1 = 0$: the line keeps its order, and
+# the mean bias of the constant is the $h^2$ of {doc}`/notebooks/08_softmax_attention`.
 # ```
 #
 # ```{prf:proof}
@@ -309,7 +312,8 @@ plt.show()
 # *Line.* Only $\tfrac12 m''(q)(k - q)^2$ is left to be fitted. Its local line has the constant
 # $\tfrac12 m''(q)$ times the first entry of
 # $\begin{pmatrix}\mu_0 & h\mu_1\\ h\mu_1 & h^2\mu_2\end{pmatrix}^{-1} \begin{pmatrix} h^2\mu_2 \\ h^3\mu_3 \end{pmatrix}$,
-# which is the fraction. For $\tau \to \infty$ the odd moments vanish and it is $\mu_2 / \mu_0 = 1$.
+# which is $h^2$ times the fraction. For $\tau = \infty$ the odd moments vanish and the fraction is
+# $\mu_2 / \mu_0 = 1$.
 # ```
 #
 # At the very end, $\tau = 0$, the constant's factor is $-\sqrt{2/\pi}$.
@@ -364,7 +368,7 @@ for name, order in zip(names, (1, 2, 3), strict=True):
     record(f"local_bias_order_{short[name]}", slopes[name], atol=0.25)
     assert abs(slopes[name] - order) < 0.5
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Size of the bias against the number of pairs, with a bandwidth that shrinks as the theory of the previous chapter asks; bands are two standard errors over seeds, dashed grey lines the leading terms of the theorem. At the boundary every degree gains an order. In the interior constant and line are equal, and only the parabola is better.", "name": "local-fig-bias"}, "image": {"alt": "Two plots with logarithmic axes of bias against number of pairs. Boundary: three falling lines far apart, softmax on top, local linear far below, local quadratic lower still and steeper. Interior: softmax and local linear lie on each other and on the dashed line, local quadratic far below."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Size of the bias against the number of pairs, with a bandwidth that shrinks as the theory of the previous chapter asks; bands are two standard errors over seeds, dashed grey lines the leading terms of the theorem. At the boundary every degree gains an order. In the interior, with evenly spread keys, constant and line are equal, and only the parabola is better.", "name": "local-fig-bias"}, "image": {"alt": "Two plots with logarithmic axes of bias against number of pairs. Boundary: three falling lines far apart, softmax on top, local linear far below, local quadratic lower still and steeper. Interior: softmax and local linear lie on each other and on the dashed line, local quadratic far below."}}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True)
 for column, (panel, place) in enumerate(zip(panels, ends, strict=True)):
     for name, style in zip(names, ("o-", "s--", "^-."), strict=True):
@@ -394,7 +398,7 @@ plt.show()
 #
 # Negative weights are large weights: they must cancel. With noise of variance $s^2$ the variance of an answer is
 # $s^2 \sum_i \ell_i^2$, and at the boundary the line has more of it.
-# Two integrals of the same kind as in the theorem say how much more.
+# Integrals of the same kind as in the theorem, with $\kappa^2$ for $\kappa$, say how much more.
 
 # %%
 k = torch.linspace(-1, 1, 4001, dtype=torch.float64, device=device)[:, None]
@@ -479,7 +483,7 @@ assert few[at_32] < 32 / 4
 record("local_steps_32", enough[at_32], rtol=0.1)
 record("local_few_steps_32", few[at_32], rtol=0.1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: squared error of softmax attention over that of local linear attention, each at its best bandwidth, against the size of the keys; points are draws, the line their geometric mean. The slope is worth more in more dimensions. Right: conjugate gradient steps a query, to two accuracies (bands run over all queries), and the number at which forming and factorising the covariance costs as much. Steps grow more slowly than the key, so iterating pays for large keys and rough answers.", "name": "local-fig-dimension"}, "image": {"alt": "Left: ratio of errors rising with the key size on logarithmic axes. Right: number of steps against key size; the two curves rise and level off, the dashed break-even line starts below them and approaches them at the largest key."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: squared error of softmax attention over that of local linear attention, each at its best bandwidth, against the size of the keys; points are draws, the line their geometric mean. The slope is worth more in more dimensions. Right: conjugate gradient steps a query, to two accuracies (bands run over all queries), and the number at which forming the covariance costs as much. Steps grow more slowly than the key, so iterating pays for large keys and rough answers.", "name": "local-fig-dimension"}, "image": {"alt": "Left: ratio of errors rising with the key size on logarithmic axes. Right: number of steps against key size; the two curves rise, the dotted break-even line starts below them, crosses the lower one and comes near the upper one at the largest key."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7))
 jitter = torch.linspace(0.94, 1.06, many["draws"])
 left.plot(many["keys"], gain.log().mean(1).exp(), "s-")
@@ -535,7 +539,7 @@ assert state.k.shape[1] == 300
 # %% [markdown]
 # ## Where it wins, and where it loses
 #
-# A sequence of eight segments: each has a linear function of its own, values are $v = w_s^\top k$ with a little noise,
+# A sequence of several segments: each has a linear function of its own, values are $v = w_s^\top k$ with a little noise,
 # and every value is asked for before it is shown.
 # A memory of one matrix must forget the old segment to learn the new one.
 # A memory that looks at neighbours need not, **if the keys tell the segments apart**.
@@ -630,7 +634,7 @@ assert mean["shared sphere", "local linear, decay"] < mean["shared sphere", "loc
 assert mean["own cone", "local linear, decay"] < 1.15 * mean["own cone", "local linear"]
 assert local(1, ttr.Kernel() * ttr.Decay()).name is None
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Squared error by the place in a segment, on a logarithmic scale, averaged over the later segments; bands are two standard errors over sequences. Left, where each segment has keys of its own, local linear attention is lowest almost throughout: it has all pairs of the segment and none of the others. Right, where segments share their keys, it mixes old functions with the new one and is among the worst, until a decay is added to its kernel.", "name": "local-fig-switch"}, "image": {"alt": "Two plots of error against the number of pairs seen in the segment for six memories. Left: all fall after the switch; the two local linear curves end lowest, least squares with decay levels off above them, softmax and the delta rule higher, least squares without decay highest. Right: local linear, softmax and least squares without decay stay near one, the memories that decay and the delta rule fall far below."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Squared error by the place in a segment, on a logarithmic scale, averaged over the later segments; bands are two standard errors over sequences. Left, where each segment has keys of its own, local linear attention is lowest almost throughout: it has all pairs of the segment and hardly any of the others. Right, where segments share their keys, it mixes old functions with the new one and is among the worst, until a decay is added to its kernel.", "name": "local-fig-switch"}, "image": {"alt": "Two plots of error against the number of pairs seen in the segment for six memories. Left: all fall after the switch; the two local linear curves end lowest, least squares with decay levels off above them, softmax and the delta rule higher, least squares without decay highest. Right: local linear, softmax and least squares without decay stay near one, the memories that decay and the delta rule fall far below."}}
 figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.4), sharey=True)
 lines = {"local linear": "-", "local linear, decay": "--", "softmax": "-.", "delta rule": ":"}
 lines |= {"least squares, best decay": (0, (5, 1, 1, 1, 1, 1)), "least squares, no decay": (0, (1, 3))}
@@ -654,7 +658,7 @@ plt.show()
 # decay {glue:text}`local_own_least_squares_no_decay:.3f`. (An answer of zero has about 1.)
 # It beats least squares with decay in {glue:text}`local_own_better` of {glue:text}`local_own_sequences` sequences; where
 # two cones happen to overlap, time is the better guide.
-# It needs a slope, because each function is linear, and neighbours, because there are eight functions.
+# It needs a slope, because each function is linear, and neighbours, because there are several functions.
 #
 # With shared keys its error is {glue:text}`local_shared_local_linear:.2f`, and it **loses** to the delta rule with
 # {glue:text}`local_shared_delta_rule:.2f` and to least squares with decay,
@@ -713,7 +717,7 @@ assert_close(ttr.regress(ttr.atlas["parallax"], q, k, v, probe=u)[0], exact)
 # What is lost? The exact $u$ depends on the covariance of the keys around the query, that is on everything read so
 # far. A probe made from the token alone cannot know it. It can learn a covariance that is the same in all sequences.
 #
-# The smallest experiment: $r = M q$ with one matrix $M$ for all sequences.
+# The smallest experiment uses $r = M q$ with one matrix $M$ for all sequences.
 # The answer is linear in $M$, so the best $M$ is a least-squares solution. We fit it on sequences with isotropic keys.
 # Then half of the directions shrink, for keys and queries, and nothing else changes.
 
@@ -778,8 +782,8 @@ plt.show()
 # {glue:text}`local_stretched_softmax:.2f` and the solve {glue:text}`local_stretched_local:.5f`.
 #
 # This is a probe at its simplest. A trained layer makes $r_t$ from a token that has passed through other layers and may
-# know more, and the paper trains language models with it. It shows what the probe has to learn, and what local linear
-# attention gets for nothing.
+# know more, and the paper trains language models with it. The experiment shows what the probe has to learn, and what
+# local linear attention need not learn.
 #
 # ## What it cannot do
 #
@@ -936,7 +940,7 @@ assert_close(by_probe, attend(q) + derivative, rtol=1e-6, atol=1e-6)
 # ```
 #
 # There are $1 + d + d(d+1)/2 = (d+1)(d+2)/2$ coefficients, so that many pairs in general position are enough.
-# The cost of a normal matrix is the square of this, which is why nobody uses degree two at $d = 64$.
+# A normal matrix has the square of this many entries, which puts degree two out of reach at $d = 64$.
 
 # %%
 d = 3

@@ -69,8 +69,8 @@ def softmax(bandwidth):
 # %% [markdown]
 # ## What a layer cannot know from single tokens
 #
-# The task is multi-query recall {cite:p}`arora2023zoology`: keys and values alternate, then some keys come again, and
-# the model has to name their values.
+# The task is multi-query recall {cite:p}`arora2023zoology`: keys and values alternate, then every key comes again, and
+# the model has to name its value.
 
 # %%
 from ttr.tasks import Recall, recall_batch
@@ -89,12 +89,12 @@ print("answers", *(letters[target] if target >= 0 else "·" for target in target
 # ```{prf:theorem} Single tokens make a bag
 # :label: keys-theorem-bag
 # Let $q_t$, $k_t$ and $v_t$ be functions of token $x_t$ alone, and let the memory give all pairs weights that do not
-# depend on their place, and be the minimiser of its regression or the sum of its outer products: linear attention,
+# depend on their place, and be the unique minimiser of its regression or the sum of its outer products: linear attention,
 # least squares, softmax attention.
 # Then $y_t$ is a function of $x_t$ and of the multiset $\{x_1, \dots, x_{t-1}\}$.
 #
-# So on a recall task of $P$ pairs whose bindings are all equally likely, no function of $y_t$ and $x_t$ is right more
-# often than once in $P$ times.
+# So on a recall task of $P$ pairs with different values, whose bindings are all equally likely, no function of $y_t$
+# and $x_t$ is right more often than once in $P$ times on average.
 # ```
 #
 # ```{prf:proof}
@@ -188,7 +188,7 @@ for (design, conv_on, seed), change in moved.items():
 # \begin{aligned}
 # \text{linear attention} \quad & N_t(a, b), \\
 # \text{least squares, ridge } \lambda \quad & \frac{N_t(a, b)}{N_t(a) + \lambda}, \\
-# \text{delta rule} \quad & \textstyle\sum_j \beta (1 - \beta)^j \,[\text{the token behind the } j\text{-th last } a \text{ is } b], \\
+# \text{delta rule} \quad & \textstyle\sum_{j \ge 0} \beta (1 - \beta)^j \,[\text{the follower of } a \text{, } j \text{ before the last, is } b], \\
 # \text{softmax, } w = e^{1/h^2} \quad & \frac{(w - 1)\, N_t(a, b) + U_t(b)}{(w - 1)\, N_t(a) + t} .
 # \end{aligned}
 # $$
@@ -642,7 +642,7 @@ record("keys_reads_blind", max(right[blind, seed] for seed in seeds), rtol=0, at
 assert min(right[solved, seed] for seed in seeds) > 0.85
 assert max(right[blind, seed] for seed in seeds) < 0.5
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: the two taps of every channel of the trained key filters, in size; most lie above the diagonal, where the token before weighs more. Middle and right: how much each token of the pairs (column) adds to the answer at each question (row) in a trained linear attention, for one sequence, as a share of the row's largest; dots mark the value that is asked for. With the convolution a question reads its value. Without it, it does not find it.", "name": "keys-fig-inside"}, "image": {"alt": "Left: a scatter of points for four memories, most above the diagonal. Middle: a map with one dark cell a row, each under a dot. Right: a map with dark cells in other places than those marked by dots."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: the two taps of every channel of the trained key filters, in size; most lie above the diagonal, where the token before weighs more. Middle and right: how much each token of the pairs (column) adds to the answer at each question (row) in a trained linear attention, for one sequence, as a share of the row's largest; dots mark the value that is asked for. With the convolution a question reads its value. Without it, all questions look at the same tokens.", "name": "keys-fig-inside"}, "image": {"alt": "Left: a scatter of points for four memories, most above the diagonal. Middle: a map with one dark cell a row, each under a dot. Right: a map with dark cells in other places than those marked by dots."}}
 figure, (scatter, *maps) = plt.subplots(1, 3, figsize=(9.8, 3.7), width_ratios=(1, 1.1, 1.1))
 for color, name in enumerate(learners):
     points = torch.cat([taps[name, seed] for seed in seeds])
@@ -680,7 +680,7 @@ plt.show()
 # 2. One-hot shifted keys, none twice, $\beta = 1$ and $\lambda \to 0$: linear attention, the delta rule and least
 #    squares are the same table.
 # 3. A key that comes again: $\beta = 1$ keeps the last follower, least squares their mean, linear attention their sum.
-# 4. $h \to 0$: softmax attention becomes least squares, wherever the key has been seen.
+# 4. $h \to 0$: softmax attention becomes least squares with $\lambda \to 0$, wherever the key has been seen.
 # 5. One token at a time: a layer with a filter of width $w$ carries its memory and $w - 1$ tokens.
 # ````
 
@@ -733,8 +733,8 @@ assert cache.past["k"].shape[1] == 1  # width two: one token
 # ```
 #
 # The value must see the token two places back, so the filter needs width three and the taps $(1, 0, 0)$.
-# With width two the key of a value is made of the filler and of the value itself, the same for all bindings, and the
-# proof of {prf:ref}`keys-theorem-bag` applies to pairs of neighbouring tokens.
+# With width two the memory stores (key, filler), (filler, value) and (value, next key). None of the three holds a key
+# together with its own value.
 
 # %%
 tokens, targets = recall_batch(torch.Generator().manual_seed(6), 64, vocab_size=64, length=32, num_pairs=6)
@@ -806,7 +806,7 @@ assert_close(state.memory[0, 0], counts.flatten(0, 1))
 # :label: keys-exercise-bandwidth
 # A softmax memory with shifted one-hot keys answers with its largest entry. By
 # {prf:ref}`keys-proposition-bigram`, for which bandwidths does it recall a pair that was seen once, when the
-# commonest other token has occurred $U$ times and the value once?
+# value has occurred once, and the commonest token that never followed the key $U$ times?
 # ```
 #
 # ```{solution-start} keys-exercise-bandwidth

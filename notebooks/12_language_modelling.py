@@ -78,7 +78,7 @@ train_length, memory_span = sizes["data"]["length"], 6  # how many bytes make a 
 # \text{bits a byte} = \frac{1}{n \ln 2} \sum_{t=0}^{n-1} -\ln p(x_{t+1} \mid x_1 \dots x_t) .
 # ```
 #
-# So the loss divided by $\ln 2$ is the length of the compressed text. Knowing nothing costs
+# So the loss divided by $\ln 2$ is the length of the compressed text, a byte. Knowing nothing costs
 # $\log_2 256 = 8$ bits a byte. {cite:t}`shannon1951prediction` asked the same of people who guessed English letters.
 # Models that cut the text into different tokens can still be compared by it, which is why we count bits a *byte*.
 #
@@ -268,12 +268,12 @@ assert counts[own].mean() > counts[common].mean() + 0.3
 # {glue:text}`lm_share_own:.2f` of all bytes are repeats of something that the training text has nowhere.
 # When a context comes back, the share of times that one of its old followers comes back too is
 # {glue:text}`lm_right:.2f`.
-# The table pays {glue:text}`lm_trigram_own:.2f` bits for a repeat that the training text lacks. For a memory that looks
-# six bytes back in its own window, most of that cost can be saved.
+# The table pays {glue:text}`lm_trigram_own:.2f` bits for a repeat that the training text lacks. A memory whose
+# keys are the last six bytes could save much of that.
 #
 # How often is there something to recall? It depends on how far back one can look.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of bytes that repeat the window itself, against their position in it: means over all windows, with the standard error over windows as a band. The longer the window, the more of the next byte has been seen before, with a follower that the training text may not have at all.", "name": "lm-fig-repeats"}, "image": {"alt": "Two rising curves against the position in the window on a logarithmic axis: the share of all repeats, and below it the share of repeats that are not in the training text."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of bytes that repeat the window itself, against their position in it: means over all windows, with the standard error over windows as a band. The further into the window, the more bytes repeat it, and some of these repeats are nowhere in the training text.", "name": "lm-fig-repeats"}, "image": {"alt": "Two rising curves against the position in the window on a logarithmic axis: the share of all repeats, and below it the share of repeats that are not in the training text."}}
 edges = [2**power for power in range(4, int(math.log2(long_text.length)) + 1)]
 middles = [(low * high) ** 0.5 for low, high in pairwise(edges)]
 figure, axes = plt.subplots(figsize=(7, 3.4))
@@ -298,12 +298,12 @@ assert late > early + 0.1
 # Before we train anything: could a memory of fixed size hold a window of real text at all?
 # Give every context of $k$ bytes a random unit key of $d$ channels, and store the one-hot vector of the byte that
 # followed. When the context returns, does the memory's largest entry name the right byte?
-# Chapter {doc}`/notebooks/01_associative_recall` asks this of random pairs. Text is kinder, because the same pair is
+# {doc}`/notebooks/01_associative_recall` asks this of random pairs. Text is kinder, because the same pair is
 # stored again and again, and harsher, because the queries are not spread evenly.
 #
 # The keys can be made in two ways. **One a context**: contexts that differ in a single byte have nothing in common.
 # **Added**: each of the $k$ places has a table of random vectors, a vector a byte, and the key is their sum, brought to
-# unit length. That is what a short convolution without a nonlinearity makes. Contexts that share most of their bytes,
+# unit length. A short convolution without a nonlinearity makes keys of this kind. Contexts that share most of their bytes,
 # such as any that end in spaces, then have keys that overlap.
 # In {doc}`/notebooks/02_linear_attention` correlated keys are what breaks a sum and leaves least squares whole.
 #
@@ -531,8 +531,8 @@ if scale == "smoke":
 #
 # Why do the other three not recall? It is not for lack of state alone: untrained memories of the same size
 # recalled most repeats above. They were given good keys; a trained layer has to find them, and in a few hundred steps
-# only attention does. Its weights are sharp at any key that is a little nearer than the rest, so half a solution pays
-# already. A memory of fixed size pays for half-good keys with interference in everything it stores.
+# only attention does. A likely reason, which we do not test: its weights can be sharp at a key that is a little nearer
+# than the rest, so half a solution pays already, while a memory of fixed size pays for half-good keys with interference.
 # {cite:t}`olsson2022induction` saw that recall in transformers, too, arrives in a sudden step of training; ours were
 # stopped before such a step came to the others, if it comes.
 #
@@ -620,12 +620,14 @@ grows = {slug: "T" in ttr.atlas[slug].cost().as_text()["state"] for slug in slug
 assert [slug for slug in slugs if grows[slug]] == [attention]  # what the atlas says
 
 # %% [markdown]
-# Linear memories keep what they kept. Attention keeps a key and a value for every byte it has read, and every new byte is
-# compared with all of them. Exact least squares has two matrices, for the keys' second moments and the cross moments.
+# The state of the first three stays as large as it was. Attention keeps a key and a value for every byte it has read,
+# and every new byte is compared with all of them. Exact least squares has two matrices, for the keys' second moments
+# and the cross moments.
 #
 # `RegressionLM.generate` samples a number of tokens, `RegressionLM.stream` goes on for as long as one asks; on the
-# command line it is `ttr generate`. The temperature $\tau$ divides the logits, so $p \propto p^{1/\tau}$: at 1 the
-# model's own distribution, towards 0 the likeliest byte each time. Here writes the ordinary model:
+# command line it is `ttr generate`. The temperature $\tau$ divides the logits (that of
+# {doc}`/notebooks/08_softmax_attention` multiplies), so $p_\tau \propto p^{1/\tau}$: at 1 the model's own distribution,
+# towards 0 the likeliest byte each time. The ordinary model writes:
 
 # %%
 prompt = torch.tensor([list(b"    def ")], device=device)
@@ -651,7 +653,7 @@ surprise, again = torch.stack(surprise), torch.stack(again)
 assert surprise[-1].mean() > surprise[0].mean() + 0.5
 assert again[0].mean() > again[-1].mean() + 0.2
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Samples of the ordinary model at several temperatures, a dot each, and their mean: bits a byte under the two-byte table (left) and the share of bytes that repeat the sample itself (right); dashed, the same of real text of that length. Cold samples repeat themselves more than text does and surprise the table less, hot ones do the opposite; in between, both means cross those of the text.", "name": "lm-fig-temperature"}, "image": {"alt": "Two plots against temperature. Left, bits a byte rise with temperature and cross the dashed line of real text. Right, the share of repeats falls with temperature and crosses the dashed line of real text."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Samples of the ordinary model at several temperatures, a dot each, and their mean: bits a byte under the two-byte table (left) and the share of bytes that repeat the sample itself (right); dashed, the same of real text of that length. Cold samples repeat themselves more than text does and surprise the table less, hot ones do the opposite; in between, both means cross those of the text.", "name": "lm-fig-temperature"}, "image": {"alt": "Two plots against temperature. Left, bits a byte rise from temperature one half on and cross the dashed line of real text. Right, the share of repeats falls from there on and crosses the dashed line of real text."}}
 figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.2))
 real = windows[:, :400]
 references = bits(count_logits(real[:, :-1]), real).mean(), repeats(real, memory_span)[1].float().mean()
@@ -664,7 +666,7 @@ for axes, found, reference, label in zip(panels, (surprise, again), references, 
 plt.show()
 
 # %% [markdown]
-# It has found indentation, `self` and the look of names. It has not found Python.
+# It has found indentation, `self` and the look of names, and does not write Python.
 #
 # ## From the command line
 #
@@ -678,7 +680,8 @@ plt.show()
 #
 # Any folder of text is read in the same way, and split by file into training, validation and test. With the extra `hf`,
 # and the network once, any text data set of the Hugging Face Hub comes with any of its tokenizers. Its loss is in nats
-# a token: divide by $\ln 2$ and by the mean number of bytes of a token to compare. Heavier models are a change of numbers, several designs a list:
+# a token: divide by $\ln 2$ and by the mean number of bytes of a token to compare. A larger
+# model is a change of numbers, several designs are a list:
 #
 # ```bash
 # ttr fit --config configs/stdlib_text.yaml --data.corpus some/folder --data.pattern '*.txt'
@@ -706,8 +709,8 @@ plt.show()
 # :class: tip
 # 1. One-hot keys, exact least squares, ridge $\lambda$: smoothed counts, {eq}`lm-eq-smoothed`. Executed above.
 # 2. The ridge grows, answers times the ridge: linear attention, and its one-hot answers are the raw counts.
-# 3. One-hot keys, kernel weights, $h \to 0$: unsmoothed shares, as $\lambda \to 0$.
-# 4. One-hot keys, delta rule with $\beta = 1$: the follower of the *last* time, the shortest memory of all.
+# 3. One-hot keys, kernel weights, $h \to 0$: unsmoothed shares wherever the context has been seen, as $\lambda \to 0$.
+# 4. One-hot keys, delta rule with $\beta = 1$: the *last* follower only, the shortest memory of all.
 # ````
 
 # %%
@@ -768,7 +771,7 @@ assert cache_bits < plain_table - 0.1
 print(f"table {plain_table:.3f}, with the cache {cache_bits:.3f}, trained attention {trained_bits:.3f}")
 
 # %% [markdown]
-# Half a line of counting has {glue:text}`lm_cache:.2f` bits a byte. Choosing the half better, by $k$ and by how often the
+# The cache comes to {glue:text}`lm_cache:.2f` bits a byte. Choosing the share better, by $k$ and by how often the
 # context was seen, is what compressors of the PPM family do. {cite:t}`grave2016improving` replaced the
 # equal contexts by near hidden states, which is kernel smoothing.
 #
