@@ -246,7 +246,7 @@ assert_close(other, y)  # how it is computed changes nothing
 # each write passes unchanged.
 # ```
 #
-# The second half is Theorem 1 of {cite:t}`sun2024learning`.
+# That batch gradient descent on a linear map is linear attention is Theorem 1 of {cite:t}`sun2024learning`.
 # So the mini-batch is a dial between two layers that we know.
 
 
@@ -295,7 +295,7 @@ assert_close(stale, delta)
 #
 # We measure it: a fixed map, unit keys at random, a little noise, and queries that were never stored.
 # Each rule gets the best constant step size of one grid, so that no rule suffers from somebody else's tuning.
-# On the right the same with an MLP memory ($d = 8$), whose target is one that it can represent.
+# On the left $d = 16$; on the right the same with an MLP memory and $d = 8$, whose target is one that it can represent.
 
 # %%
 seeds, T = sizes["stale"].values()
@@ -303,7 +303,7 @@ batches = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 def search(design, q, k, v, target, grid, start=0, **inputs):
-    """Errors of every sequence at every step size of a grid, (step size, sequence); what diverges counts as a million."""
+    """Errors of all sequences at all step sizes of a grid, (step size, sequence); divergence counts as a million."""
     size = torch.tensor(grid, dtype=k.dtype, device=device).repeat_interleave(len(k))
     size = size[:, None, None].expand(-1, k.shape[1], 1)
     q, k, v, target = (x.repeat(len(grid), 1, 1, 1) for x in (q, k, v, target))
@@ -317,17 +317,24 @@ def best(errors):
     return errors[errors.median(-1).values.argmin()]
 
 
-d = 16
-target = randn(seeds, d, 4)
-q, k = unit(seeds, T, 1, d), unit(seeds, T, 1, d)
-true, v = (torch.einsum("sthk,skv->sthv", x, target) for x in (q, k))
-v = v + randn(*v.shape) / 20
+def world(memory, seeds, T, noise):
+    """Unit queries and keys, noisy values, right answers: of a linear map, or of one that an MLP can represent."""
+    d, size = (16, 4) if memory == "linear" else (8, 8)
+    target, q, k = randn(seeds, d, size), unit(seeds, T, 1, d), unit(seeds, T, 1, d)
+    true, v = (torch.einsum("sthk,skv->sthv", x, target) for x in (q, k))
+    if memory == "MLP":
+        true, v = q + layer_norm(true, (d,)), k + layer_norm(v, (d,))
+    return q, k, v + noise * randn(*v.shape), true
+
+
+start = network_inputs(8, 32)
 stale = {"linear": {}, "MLP": {}}
 
 
 def measure(memory, grid, fixed, **inputs):
     """Fill in the errors of the sum and of the mean of the steps, at the best step size and at a fixed one."""
     regressor = ttr.MLP() if memory == "MLP" else ttr.Linear()
+    q, k, v, true = world(memory, seeds, T, noise=0.05)
     for how in ("sum", "mean"):
         designs = [mini_batch(b, how == "mean", regressor=regressor) for b in batches]
         found = [search(design, q, k, v, true, grid, **inputs) for design in designs]
@@ -336,16 +343,9 @@ def measure(memory, grid, fixed, **inputs):
 
 
 measure("linear", [2 ** (-i / 2) for i in range(-8, 8)], fixed=0.5)
-
-d = 8
-start = network_inputs(d, 4 * d)
-target = randn(seeds, d, d)
-q, k = unit(seeds, T, 1, d), unit(seeds, T, 1, d)
-left, v = (layer_norm(torch.einsum("sthk,skv->sthv", x, target), (d,)) for x in (q, k))
-true, v = left + q, v + k + randn(*v.shape) / 20
 measure("MLP", [2.0**-i for i in range(-2, 9)], fixed=0.125, **start)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "The price of parallel steps: relative error of the answers at unseen queries against the size of the mini-batch; median and the band from the tenth to the ninetieth percentile over seeds. Left a linear memory, right an MLP. Small mini-batches are nearly free for the linear memory. Larger ones cost accuracy, with the sum of the steps as with their mean, each at its best step size. At a step size that suits single tokens (dotted) the sum diverges for the linear memory, and the mean hardly learns.", "name": "neural-fig-stale"}, "image": {"alt": "Two plots of error against mini-batch size on logarithmic axes. The solid curves of summed and averaged steps at their best step sizes rise together, slowly at first. The dotted curve of summed steps at a fixed size leaves the left plot at large mini-batches; that of averaged steps rises early in both."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "The price of parallel steps: relative error of the answers at unseen queries against the size of the mini-batch; median and the band from the tenth to the ninetieth percentile over seeds. Left a linear memory, right an MLP. Small mini-batches are nearly free for the linear memory. Larger ones cost accuracy, with the sum of the steps as with their mean, each at its best step size. At a step size that suits single tokens (dotted) the sum diverges for the linear memory, and its mean learns slowly.", "name": "neural-fig-stale"}, "image": {"alt": "Two plots of error against mini-batch size on logarithmic axes. The solid curves of summed and averaged steps at their best step sizes rise together, slowly at first. The dotted curve of summed steps at a fixed size leaves the left plot at large mini-batches; that of averaged steps rises early in both."}}
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharex=True)
 styles = {"sum, best step": "C0o-", "mean, best step": "C1s-", "sum, step fixed": "C0o:", "mean, step fixed": "C1s:"}
 for axes, (memory, lines) in zip(panels, stale.items(), strict=True):
@@ -474,8 +474,9 @@ record("neural_capacity_linear_once", middle["TTT-Linear", 1][four], rtol=0.1)
 # Both sentences matter. The capacity is there, and one gradient step a pair does not fill it.
 # The first weights used here are random. A layer learns its first weights, keys and step sizes from outside so that
 # one pass does more; how much more is for training to show ({doc}`/notebooks/11_training_on_tasks`).
-# And the MLP is no better than its size: a linear memory of products ({doc}`/notebooks/02_linear_attention`) with
-# fewer numbers in its map recalls as many pairs, if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
+# And size explains much of it. Up to $n = 4d$ a linear memory of products ({doc}`/notebooks/02_linear_attention`),
+# with fewer numbers in its map, recalls as well if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
+# Beyond that the MLP leads, as the larger state should.
 #
 # ## Four choices
 #
@@ -547,28 +548,20 @@ grid = [2.0**-i for i in range(-1, 12)]
 chance = torch.rand(seeds, T, 1, 1, generator=generator, dtype=torch.float64).to(device)
 robust = {"linear": {}, "MLP": {}}
 
-d = 16
-target = randn(seeds, d, 4)
-q, k = unit(seeds, T, 1, d), unit(seeds, T, 1, d)
-true, v = (torch.einsum("sthk,skv->sthv", x, target) for x in (q, k))
-v = v + randn(*v.shape) / 50
-for name, loss in losses.items():
-    design = ttr.Design(optimizer=ttr.GradientDescent(), loss=loss)
-    found = [best(search(design, q, k, torch.where(chance < s, 10 * v, v), true, grid, T // 2)) for s in shares]
-    robust["linear"][name] = torch.stack(found)
+for memory, regressor, inputs in (("linear", ttr.Linear(), {}), ("MLP", ttr.MLP(), start)):
+    q, k, v, true = world(memory, seeds, T, noise=0.02)
+    outliers = [torch.where(chance < share, 10 * v, v) for share in shares]
+    for name, loss in losses.items():
+        design = ttr.Design(regressor=regressor, optimizer=ttr.GradientDescent(), loss=loss)
+        found = [best(search(design, q, k, x, true, grid, T // 2, **inputs)) for x in outliers]
+        robust[memory][name] = torch.stack(found)
 
-d = 8
-start = network_inputs(d, 4 * d)
-target = randn(seeds, d, d)
-q, k = unit(seeds, T, 1, d), unit(seeds, T, 1, d)
-left, v = (layer_norm(torch.einsum("sthk,skv->sthv", x, target), (d,)) for x in (q, k))
-true, v = left + q, v + k + randn(*v.shape) / 50
-for name, loss in losses.items():
-    design = ttr.Design(regressor=ttr.MLP(), optimizer=ttr.GradientDescent(), loss=loss)
-    found = [
-        best(search(design, q, k, torch.where(chance < s, 10 * v, v), true, grid, T // 2, **start)) for s in shares
-    ]
-    robust["MLP"][name] = torch.stack(found)
+# The whole of Moneta, its retention too, in both readings (more on these below), at one value in twenty.
+moneta = {}
+for printed in (False, True):
+    parts = {"loss": ttr.Lp(3.0), "retention": ttr.Lq(4.0, printed)}
+    design = ttr.Design(regressor=ttr.MLP(), optimizer=ttr.GradientDescent(), **parts)
+    moneta[printed] = best(search(design, q, k, outliers[shares.index(0.05)], true, grid, T // 2, **start)).median()
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Left: how hard an error pulls, the influence functions of four losses (Huber's with a threshold of one, to be seen). Middle and right: relative error of a linear and of an MLP memory against the share of values that are ten times too large, each loss at its best step size; median and the band from the tenth to the ninetieth percentile over seeds. Bounded influence keeps the error low. The third power is worse than the square as soon as there is one outlier in a hundred.", "name": "neural-fig-robust"}, "image": {"alt": "Three plots. The influence of the squared error is a line, of Huber's loss a clipped line, of the first power a sign, of the third power a parabola on both sides. In the other two plots the curves of Huber's loss and of the first power stay low as outliers increase, the squared error jumps, and the third power lies above it."}}
 figure, (influence, *panels) = plt.subplots(1, 3, figsize=(10.5, 3.8))
@@ -600,7 +593,9 @@ for memory, least in (("linear", 10), ("MLP", 2)):
     assert at["p = 3"][1] > 5 * at["squared"][1]
     for name, short in zip(losses, ("squared", "huber", "p1", "p3"), strict=True):
         record(f"neural_robust_{memory.lower()}_{short}", at[name][five], rtol=0.15)
-        record(f"neural_clean_{memory.lower()}_{short}", at[name][0], rtol=0.15)
+assert min(moneta.values()) > 2 * at["squared"][five]
+record("neural_robust_moneta", moneta[False], rtol=0.2)
+record("neural_robust_moneta_printed", moneta[True], rtol=0.2)
 
 # %% [markdown]
 # With one value in twenty wrong, the linear memory's error is {glue:text}`neural_robust_linear_squared:.3f` under the
@@ -608,14 +603,17 @@ for memory, least in (("linear", 10), ("MLP", 2)):
 # with $p = 1$ and {glue:text}`neural_robust_linear_p3:.2f` with $p = 3$.
 # For the MLP memory these are {glue:text}`neural_robust_mlp_squared:.3f`, {glue:text}`neural_robust_mlp_huber:.3f`,
 # {glue:text}`neural_robust_mlp_p1:.3f` and {glue:text}`neural_robust_mlp_p3:.2f`.
-# The norm at its end hides the length of an outlier from the answer, and only from the answer: the gradient still
-# sees it.
+# The figure exchanges the loss alone. All of Moneta, its retention included, has {glue:text}`neural_robust_moneta:.2f`,
+# and {glue:text}`neural_robust_moneta_printed:.2f` with the retention as it is printed.
+# The norm at the network's end hides the length of an outlier from the answer, and only from the answer: the gradient
+# still sees it.
 #
 # (An outlier here is ten times the right value, so it still points the right way. That is why the third power, which
 # must take tiny steps to survive the first outlier, recovers a little where outliers are frequent.)
 #
 # Huber's loss needs a threshold. Here it was set by hand, above the noise and below the values.
 # In Yaad each token brings its own, the input `threshold`, which the layer learns.
+# (The paper prints this loss twice, channel by channel, as here, and with one switch for the norm of the whole error.)
 #
 # ## The retention: mirror descent
 #
@@ -854,7 +852,9 @@ for n, x in after.items():
 spectra = []
 for _ in range(16):  # gradients as a memory meets them: few pairs, unequal sizes
     x = torch.einsum("p,pi,pj->ij", randn(16).exp(), unit(16, 16), unit(16, 16))
-    spectra.append((torch.linalg.svdvals(x) / x.norm(), torch.linalg.svdvals(newton_schulz(x))))
+    left, values, right = torch.linalg.svd(x)
+    spectra.append((values / x.norm(), (left.mT @ newton_schulz(x) @ right.mT).diagonal()))
+assert_close((left.mT @ newton_schulz(x) @ right.mT).diagonal().diag(), left.mT @ newton_schulz(x) @ right.mT)
 seen, brought = (torch.stack(x).flatten().cpu() for x in zip(*spectra, strict=True))
 within = after[5][sigma >= 0.01]
 assert within.min() > 0.65
@@ -872,7 +872,7 @@ for (n, x), style in zip(after.items(), (":", "--", "-.", (0, (5, 1)), "-"), str
     axes.plot(sigma, x, linestyle=style, label=f"{n} steps")
 axes.plot(seen, brought, "o", color="0.3", markersize=3, alpha=0.5, label="random gradients")
 axes.set(xlabel="singular value over the norm", ylabel="after the steps", xscale="log", xlim=(1e-3, 1))
-axes.legend(ncols=2)
+figure.legend(loc="outside lower center", ncols=6, fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -917,7 +917,7 @@ q, k = 2 * unit(seeds, T, 1, d), 2 * unit(seeds, T, 1, d)
 regime, asked = (torch.randint(0, 2, (seeds, T, 1, 1), generator=generator).to(device) for _ in "kq")
 
 
-def world(x, regime):
+def regimes(x, regime):
     both = torch.einsum("sthk,jskv->jsthv", x, maps)
     return torch.where(regime == 0, both[0], both[1])
 
@@ -927,7 +927,7 @@ def logits(regime, hint):
     return hint * torch.stack([sign, -sign], dim=3).expand(-1, -1, 1, 2, 4)
 
 
-true, v = world(q, asked), world(k, regime) + randn(seeds, T, 1, 4) / 10
+true, v = regimes(q, asked), regimes(k, regime) + randn(seeds, T, 1, 4) / 10
 step_size = torch.full_like(k[..., 0], 0.05)
 swila = ttr.Design(regressor=ttr.Mixture(2), optimizer=ttr.OnlineEM())
 y, _ = ttr.regress(delta_net, q, k, v, step_size=step_size)
@@ -939,7 +939,7 @@ for hint in hints:
     mixed.append(relative_error(y, true, T // 2))
 mixed = torch.stack(mixed)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "A world of two regimes: relative error at unseen queries of a mixture of two maps against the strength of the hint that the writer gets, a point a seed, and the median. Without a hint the two maps stay equal and fail as one map does. A faint hint breaks the tie and the posterior does the rest, though some seeds settle with the maps exchanged or mixed. A clear hint separates the regimes every time. Grey: one map, the delta rule.", "name": "neural-fig-mixture"}, "image": {"alt": "Error on a logarithmic axis against eight strengths of the hint, points for seeds. At zero all points lie near the grey band of one map; at faint hints points split into a low and a high group; at the clearest hint all points lie several orders of magnitude lower."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "A world of two regimes: relative error at unseen queries of a mixture of two maps against the strength of the hint that the writer gets, a point a seed, and the median. Without a hint the two maps stay equal and fail as one map does. A faint hint breaks the tie and the posterior does the rest, though some seeds settle with the maps exchanged or mixed. A clear hint separates the regimes. Grey: one map, the delta rule.", "name": "neural-fig-mixture"}, "image": {"alt": "Error on a logarithmic axis against eight strengths of the hint, points for seeds. At zero all points lie near the grey band of one map; at faint hints points split into a low and a high group; at the clearest hint the points lie several orders of magnitude lower."}}
 figure, axes = plt.subplots(figsize=(7.5, 3.8))
 low, median, high = bands(single)
 axes.axhspan(low, high, color="0.85", zorder=0)
@@ -966,14 +966,14 @@ axes.plot(
 )
 axes.set(xlabel="hint h in the logits of the writer", ylabel="relative error", yscale="log")
 axes.set_xticks(range(len(hints)), hints)
-axes.legend(loc="lower left")
+figure.legend(loc="outside lower center", ncols=3)
 plt.show()
 
 # %%
 assert_close(states[0].memory[:, :, 0], states[0].memory[:, :, 1])  # nothing tells the maps apart
 assert mixed[0].median() > 0.5 * single.median() > 0.1
 assert mixed[hints.index(0.2)].median() < 0.05 * single.median()  # a faint hint, for most seeds
-assert mixed[hints.index(4)].max() < 0.01 * single.median()  # a clear one, for all
+assert mixed[hints.index(4)].quantile(0.95) < 0.01 * single.median()  # a clear one, for all but a few
 record("neural_mixture_one", single.median(), rtol=0.1)
 record("neural_mixture_hint", mixed[hints.index(4)].median(), rtol=0.3, atol=1e-4)
 record("neural_mixture_no_hint", mixed[0].median(), rtol=0.1)
