@@ -289,8 +289,8 @@ plt.show()
 # %%
 assert all(alphabet[answer.argmax()] == "b" for answer in answers.values())
 assert answers["linear attention"].tolist() == [0, 2, 1, 1, 0]
-ab, ad = (alphabet.index(letter) for letter in "bd")
-assert answers["delta rule"][ab] > answers["least squares"][ab]  # the last follower was a b
+b = alphabet.index("b")
+assert answers["delta rule"][b] > answers["least squares"][b]  # the last follower was a b
 assert answers["softmax"][alphabet.index("r")] > 0 == answers["least squares"][alphabet.index("r")]
 
 # %% [markdown]
