@@ -476,9 +476,10 @@ record("neural_capacity_linear_once", middle["TTT-Linear", 1][four], rtol=0.1)
 # Both sentences matter. The capacity is there, and one gradient step a pair does not fill it.
 # The first weights used here are random. A layer learns its first weights, keys and step sizes from outside so that
 # one pass does more; how much more is for training to show ({doc}`/notebooks/11_training_on_tasks`).
-# And size explains much of it. Up to $n = 4d$ a linear memory of products ({doc}`/notebooks/02_linear_attention`),
-# with fewer numbers in its map, recalls as well if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
-# Beyond that the MLP leads, as the larger state should.
+# And size explains much of it. A linear memory of products ({doc}`/notebooks/02_linear_attention`) has
+# $d^2 (d + 1) / 2$ numbers in its map, for $d = 8$ about half as many as the MLP.
+# It recalls $d(d + 1)/2$ pairs, if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
+# The MLP gives out later, and more gently.
 #
 # ## Four choices
 #
