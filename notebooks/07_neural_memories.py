@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Neural memories
 #
-# A matrix can store as many pairs as a key has channels, and no more.
+# A matrix stores as many arbitrary pairs as a key has channels, and no more.
 # What if the memory is itself a small network, trained while it reads?
 #
 # Then writing is a gradient step on the network's weights and reading is a forward pass.
@@ -113,8 +113,10 @@ def bands(errors):
 #
 # ```{math}
 # :label: neural-eq-titans
-# Z_t = \eta_t Z_{t-1} - \beta_t \nabla J_t(\bar W_t), \qquad W_t = \bar W_t + Z_t, \qquad \bar W_t = \alpha_t W_{t-1},
-# \qquad y_t = m(q_t; W_t) .
+# \begin{aligned}
+# \bar W_t &= \alpha_t W_{t-1}, & Z_t &= \eta_t Z_{t-1} - \beta_t \nabla J_t(\bar W_t), \\
+# W_t &= \bar W_t + Z_t, & y_t &= m(q_t; W_t) .
+# \end{aligned}
 # ```
 #
 # (The paper takes the gradient before the decay, at $W_{t-1}$; this book takes it after, as the delta rule with decay
@@ -474,9 +476,10 @@ record("neural_capacity_linear_once", middle["TTT-Linear", 1][four], rtol=0.1)
 # Both sentences matter. The capacity is there, and one gradient step a pair does not fill it.
 # The first weights used here are random. A layer learns its first weights, keys and step sizes from outside so that
 # one pass does more; how much more is for training to show ({doc}`/notebooks/11_training_on_tasks`).
-# And size explains much of it. Up to $n = 4d$ a linear memory of products ({doc}`/notebooks/02_linear_attention`),
-# with fewer numbers in its map, recalls as well if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
-# Beyond that the MLP leads, as the larger state should.
+# And size explains much of it. A linear memory of products ({doc}`/notebooks/02_linear_attention`) has
+# $d^2 (d + 1) / 2$ numbers in its map, for $d = 8$ about half as many as the MLP.
+# It recalls $d(d + 1)/2$ pairs, if it is solved exactly ({doc}`/notebooks/06_exact_least_squares`).
+# The MLP gives out later, and more gently.
 #
 # ## Four choices
 #
@@ -897,8 +900,10 @@ plt.show()
 #
 # ```{math}
 # :label: neural-eq-em
-# r_j \propto \pi_j\, e^{-\delta_j^2/2}, \qquad w_j \leftarrow \bar w_j + \beta_t\, r_j\, \delta_j\, k_t, \qquad
-# \delta_j = v_t - \bar w_j^\top k_t, \qquad y_t = \textstyle\sum_j \pi_j(q_t)\, w_j^\top q_t .
+# \begin{aligned}
+# \delta_j &= v_t - \bar w_j^\top k_t, & r_j &\propto \pi_j(k_t)\, e^{-\delta_j^2/2}, \\
+# w_j &\leftarrow \bar w_j + \beta_t\, r_j\, \delta_j\, k_t, & y_t &= \textstyle\sum_j \pi_j(q_t)\, w_j^\top q_t .
+# \end{aligned}
 # ```
 #
 # The responsibility $r_j$ is the posterior that map $j$ made the value.
