@@ -32,8 +32,6 @@ import math
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="IProgress")  # of a progress bar that is not used
-
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer, seed_everything
