@@ -105,7 +105,7 @@ def bands(errors):
 # \end{aligned}
 # ```
 #
-# LN is a layer norm whose scale and shift no token updates.
+# where LN is a layer norm whose scale and shift no token updates.
 # Because the key is added outside, the network itself is fitted to $v - k$.
 #
 # {cite:t}`behrouz2025titans` add the two other tools of a training loop, weight decay and momentum.
@@ -189,8 +189,8 @@ assert_close(y[0, :, 0], ten_lines)
 # (Papers call both a chunk.)
 #
 # Even then nobody forms $T$ networks.
-# A pair's gradient in a weight matrix is an outer product of what enters, $h_i$, and what comes back, $u_i$.
-# So a layer of token $t$'s network at an input $x$ is
+# A pair's gradient in a weight matrix is an outer product of what enters, $h_i$, and what comes back, $-u_i$.
+# With $\nabla J_i = -h_i u_i^\top$ a layer of token $t$'s network at an input $x$ is
 #
 # ```{math}
 # :label: neural-eq-dual
@@ -278,8 +278,8 @@ assert_close(stale, delta)
 #
 # ```{prf:proposition} How large a stale step may be
 # :label: neural-proposition-stable
-# Let all $\beta_i = \beta$. A mini-batch enlarges no error $S_s - S_\star$ of a memory whose target
-# $v_i = S_\star^\top k_i$ has no noise if and only if $\beta\, \lambda_{\max}\bigl(\sum_i k_i k_i^\top\bigr) \le 2$.
+# Let all $\beta_i = \beta \ge 0$ and let $v_i = S_\star^\top k_i$, without noise. A mini-batch enlarges $S_s - S_\star$ for
+# no $S_s$ if and only if $\beta\, \lambda_{\max}\bigl(\sum_i k_i k_i^\top\bigr) \le 2$.
 # For $b$ unit keys the largest eigenvalue lies between $\max(1, b/d)$ and $b$.
 # ```
 #
@@ -436,7 +436,7 @@ for n in counts:
     recalled.setdefault(("least squares, products", 0), []).append(fitted(ttr.Quadratic(), k, v))
 recalled = {name: torch.stack(errors) for name, errors in recalled.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative error of recall against the number of stored pairs, as a multiple of the key's size; median and the band from the tenth to the ninetieth percentile over seeds. After one pass an MLP recalls hardly more than a linear map. Trained to the end it holds several times as many pairs as a key has channels, which is what its larger state pays for. Grey: exact least squares on the keys and on their products.", "name": "neural-fig-capacity"}, "image": {"alt": "Recall error against pairs over key size. Both one-pass curves lie close together at large errors; after many passes TTT-Linear rises early, the MLP stays near zero up to about four pairs a channel and then rises slowly; two grey curves of least squares leave zero at one and at about four and a half pairs a channel."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative error of recall against the number of stored pairs, as a multiple of the key's size; median and the band from the tenth to the ninetieth percentile over seeds. After one pass an MLP recalls hardly more than a linear map. Trained to the end it holds several times as many pairs as a key has channels, which its larger state pays for. An error above one is worse than answering with the key alone. Grey: exact least squares on the keys and on their products.", "name": "neural-fig-capacity"}, "image": {"alt": "Recall error against pairs over key size. Both one-pass curves lie close together at large errors; after many passes TTT-Linear rises early, the MLP stays near zero up to about four pairs a channel and then rises slowly; two grey curves of least squares leave zero at one and at about four and a half pairs a channel."}}
 figure, axes = plt.subplots(figsize=(7.5, 4.2))
 styles = {
     "TTT-Linear": ("C1", "s"),
@@ -515,7 +515,8 @@ assert unnamed.name is None  # a cell that nobody has published, and that runs
 #
 # One value in twenty is wrong by a factor of ten. What does it do to the memory?
 #
-# The gradient of a loss of the error is $-\psi(e)$ times the slope of the network, with the **influence function**
+# A loss here acts on each channel of the error and is summed.
+# Its gradient is $-\psi(e)$ times the slope of the network, with the **influence function**
 # $\psi = \ell'$ {cite:p}`huber1964robust`:
 #
 # ```{math}
@@ -611,7 +612,7 @@ record("neural_robust_moneta_printed", moneta[True], rtol=0.2)
 # The norm at the network's end hides the length of an outlier from the answer, and only from the answer: the gradient
 # still sees it.
 #
-# (An outlier here is ten times the right value, so it still points the right way. That is why the third power, which
+# (An outlier here is ten times the right value, so it still points the right way. That may be why the third power, which
 # must take tiny steps to survive the first outlier, recovers a little where outliers are frequent.)
 #
 # Huber's loss needs a threshold. Here it was set by hand, above the noise and below the values.
@@ -630,7 +631,7 @@ record("neural_robust_moneta_printed", moneta[True], rtol=0.2)
 # W_t = \operatorname*{arg\,min}_W\; R(W) - \langle A_t, W\rangle = \nabla R^*(A_t) ,
 # ```
 #
-# with $R^*(A) = \max_W \langle A, W\rangle - R(W)$ the Fenchel dual.
+# with $R^*(A) = \max_W \langle A, W\rangle - R(W)$ the Fenchel dual and $\bar W_t = \nabla R^*(\alpha_t A_{t-1})$.
 # With $R = \tfrac12\lVert W\rVert^2$ the map is the identity and the rule is the old one.
 #
 # ### Moneta's norm
@@ -639,18 +640,18 @@ record("neural_robust_moneta_printed", moneta[True], rtol=0.2)
 #
 # ```{prf:theorem} The mirror map of a squared norm
 # :label: neural-theorem-mirror
-# Let $1 < q < \infty$, $p = q/(q-1)$ and $R(W) = \tfrac12\lVert W\rVert_q^2$. Then
-# $R^*(A) = \tfrac12\lVert A\rVert_p^2$ and
-# $\nabla R^*(A) = \operatorname{sgn}(A) \odot \lvert A\rvert^{p-1} \big/ \lVert A\rVert_p^{p-2}$,
-# whose inverse is the same formula with $q$ in the place of $p$.
+# Let $1 < q < \infty$, $q' = q/(q-1)$ and $R(W) = \tfrac12\lVert W\rVert_q^2$. Then
+# $R^*(A) = \tfrac12\lVert A\rVert_{q'}^2$ and, where $A \ne 0$,
+# $\nabla R^*(A) = \operatorname{sgn}(A) \odot \lvert A\rvert^{q'-1} \big/ \lVert A\rVert_{q'}^{q'-2}$,
+# whose inverse is the same formula with $q$ in the place of $q'$.
 # ```
 #
 # ```{prf:proof}
-# By Hölder's inequality $\langle A, W\rangle \le \lVert A\rVert_p \lVert W\rVert_q$, with equality for some $W$ of
+# By Hölder's inequality $\langle A, W\rangle \le \lVert A\rVert_{q'} \lVert W\rVert_q$, with equality for some $W$ of
 # every norm $r = \lVert W\rVert_q$.
-# So $R^*(A) = \max_{r \ge 0} r\lVert A\rVert_p - \tfrac12 r^2 = \tfrac12\lVert A\rVert_p^2$.
-# With $\lVert A\rVert_p^2 = \bigl(\sum \lvert a\rvert^p\bigr)^{2/p}$ the chain rule gives
-# $\partial R^* / \partial a = \tfrac12 \cdot \tfrac2p \lVert A\rVert_p^{2-p} \cdot p \lvert a\rvert^{p-1}
+# So $R^*(A) = \max_{r \ge 0} r\lVert A\rVert_{q'} - \tfrac12 r^2 = \tfrac12\lVert A\rVert_{q'}^2$.
+# With $\lVert A\rVert_{q'}^2 = \bigl(\sum \lvert a\rvert^{q'}\bigr)^{2/q'}$ the chain rule gives
+# $\partial R^* / \partial a = \tfrac12 \cdot \tfrac2{q'} \lVert A\rVert_{q'}^{2-q'} \cdot q' \lvert a\rvert^{q'-1}
 # \operatorname{sgn}(a)$, the formula.
 # The minimiser in {eq}`neural-eq-mirror` satisfies $A = \nabla R(W)$, so $\nabla R$ inverts $\nabla R^*$, and
 # $\nabla R$ is the same formula with $q$.
@@ -659,7 +660,7 @@ record("neural_robust_moneta_printed", moneta[True], rtol=0.2)
 # The paper prints another map, $W = A / \lVert A\rVert_q^{q-2}$.
 # No exponent makes that the gradient of a squared norm, except $q = 2$.
 # Scale $A$ by $c$: the gradient of a squared norm scales with $c$, the printed map with $c^{3-q}$.
-# For $q = 4$ that is $1/c$. **When the accumulator fades, the printed weights grow**, and at $A = 0$ they are infinite.
+# For $q = 4$ that is $1/c$. **When the accumulator fades, the printed weights grow** without bound, and at $A = 0$ they have no value.
 # `ttr.Lq` is the mirror map unless it is told `printed=True`.
 
 
@@ -707,7 +708,7 @@ else:
 #
 # ```{prf:proposition} Relative entropy makes steps multiplicative
 # :label: neural-proposition-entropy
-# Let $w_{t-1}$ be a distribution over $n$ entries, $u$ the uniform one, $0 \le \alpha \le 1$ and $g$ a gradient.
+# Let $w_{t-1}$ be a distribution over $n$ entries, none zero, $u$ the uniform one, $0 \le \alpha \le 1$ and $g$ a gradient.
 # Among all distributions, $\beta\langle g, w\rangle + \alpha \operatorname{KL}(w \Vert w_{t-1}) +
 # (1 - \alpha) \operatorname{KL}(w \Vert u)$ is least at
 # $w_t = \operatorname{softmax}(\alpha \log w_{t-1} - \beta g)$.
@@ -716,8 +717,8 @@ else:
 # ```{prf:proof}
 # The sum is $\sum_j w_j \bigl(\log w_j - a_j\bigr)$ up to a constant, with $a = \alpha\log w_{t-1} - \beta g$.
 # With $a_j = \log \operatorname{softmax}(a)_j + \log\sum_i e^{a_i}$ it is
-# $\operatorname{KL}(w \Vert \operatorname{softmax}(a))$ up to a constant, which is zero at its minimiser and positive
-# elsewhere.
+# $\operatorname{KL}(w \Vert \operatorname{softmax}(a))$ up to a constant. This divergence is zero at
+# $w = \operatorname{softmax}(a)$ and positive elsewhere.
 # ```
 #
 # This is the exponentiated gradient of {cite:t}`kivinen1997exponentiated`, with a pull towards the uniform
@@ -725,7 +726,7 @@ else:
 # It is {eq}`neural-eq-mirror` with $R$ the negative entropy; $A$ is $\log w$ up to a constant.
 # Each column of a weight matrix is such a distribution.
 #
-# The price is in the word distribution. A weight can be neither negative nor larger than one.
+# The price: a weight can be neither negative nor larger than one.
 # A linear memory of this kind answers each channel with a weighted mean of the query's entries.
 # So $\min_j q_j \le y \le \max_j q_j$, whatever was stored.
 
@@ -774,7 +775,7 @@ record("neural_memora_negative", least_error, rtol=0.05)
 #
 # ## The optimizer: Muon
 #
-# ATLAS changes two things in Titans {cite:p}`behrouz2025atlas`.
+# Besides its features, ATLAS changes two things in Titans {cite:p}`behrouz2025atlas`.
 # Its gradient is that of a window of the last $c$ pairs, with weights $\gamma_i$, so it can correct what it has just
 # seen.
 # And its momentum is **orthogonalised** before it becomes a step:
@@ -869,7 +870,7 @@ assert spread[1] < 2 < 10 < spread[0]
 record("neural_muon_before", spread[0], rtol=0.05)
 record("neural_muon_after", spread[1], rtol=0.05)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "What Newton–Schulz steps do to a singular value, that of the gradient over its norm: curves after none to five steps, and points of random gradients after five. Five steps bring everything above about a hundredth into a band around one, and never settle exactly: the polynomial was chosen for its slope at zero.", "name": "neural-fig-muon"}, "image": {"alt": "Singular value after iteration against singular value before, on a logarithmic axis. Each further step moves the rise to the left; after five steps the curve lies between about two thirds and one and a fifth for inputs above a hundredth, and grey points follow it."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "What Newton–Schulz steps do to a singular value, that of the gradient over its norm: curves after none to five steps, and points of random gradients after five. Five steps bring everything above about a hundredth into a band around one, and never settle exactly: the polynomial was chosen for its slope at zero.", "name": "neural-fig-muon"}, "image": {"alt": "Singular value after iteration against singular value before, on a logarithmic axis. Each further step moves the rise to the left; after five steps the curve lies between about two thirds and one and a fifth for inputs above a hundredth, and grey points lie on it."}}
 figure, axes = plt.subplots(figsize=(7, 3.8))
 for (n, x), style in zip(after.items(), (":", "--", "-.", (0, (5, 1)), "-"), strict=True):
     axes.plot(sigma, x, linestyle=style, label=f"{n} steps")
@@ -944,7 +945,7 @@ for hint in hints:
     mixed.append(relative_error(y, true, T // 2))
 mixed = torch.stack(mixed)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "A world of two regimes: relative error at unseen queries of a mixture of two maps against the strength of the hint that the writer gets, a point a seed, and the median. Without a hint the two maps stay equal and fail as one map does. A faint hint breaks the tie and the posterior does the rest, though some seeds settle with the maps exchanged or mixed. A clear hint separates the regimes. Grey: one map, the delta rule.", "name": "neural-fig-mixture"}, "image": {"alt": "Error on a logarithmic axis against eight strengths of the hint, points for seeds. At zero all points lie near the grey band of one map; at faint hints points split into a low and a high group; at the clearest hint the points lie several orders of magnitude lower."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "A world of two regimes: relative error at unseen queries of a mixture of two maps against the strength of the hint that the writer gets, a point a seed, and the median. Without a hint the two maps stay equal and fail as one map does. A faint hint breaks the tie and the posterior does the rest, though some seeds settle with the maps exchanged or mixed. A clear hint separates the regimes. Grey: one map, the delta rule.", "name": "neural-fig-mixture"}, "image": {"alt": "Error on a logarithmic axis against seven strengths of the hint, points for seeds. At zero all points lie near the grey band of one map; at faint hints points split into a low and a high group; at the clearest hint the points lie several orders of magnitude lower."}}
 figure, axes = plt.subplots(figsize=(7.5, 3.8))
 low, median, high = bands(single)
 axes.axhspan(low, high, color="0.85", zorder=0)
@@ -1013,10 +1014,10 @@ y, _ = ttr.regress(ttr.atlas["titans"], q, k, v, log_momentum=torch.full_like(st
 assert_close(y, plain)
 
 # One map: SwiLA is the gated delta rule.
-ones = torch.zeros(1, T, 1, 1, d, dtype=torch.float64, device=device)
+even = torch.zeros(1, T, 1, 1, d, dtype=torch.float64, device=device)
 one_map = ttr.Design(ttr.Decay(), ttr.Mixture(1), ttr.OnlineEM())
 gates = {"step_size": step_size, "log_decay": decay.log()}
-y, _ = ttr.regress(one_map, q, k, v, key_logits=ones, query_logits=ones, **gates)
+y, _ = ttr.regress(one_map, q, k, v, key_logits=even, query_logits=even, **gates)
 gated, _ = ttr.regress(ttr.atlas["gated_delta_net"], q, k, v, **gates)
 assert_close(y, gated)
 

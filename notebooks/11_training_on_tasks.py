@@ -466,15 +466,15 @@ record("train_rate_high", losses["delta_net", rates[-1]].mean(), atol=0.3)
 # %% [markdown]
 # Trained linear attention misses {glue:text}`train_icl_linear:.3f` where the best single step misses
 # {glue:text}`train_step_theorem:.3f`, and its answers differ from those of that step by
-# {glue:text}`train_apart_linear:.3f` of the variance. It has learnt gradient descent, one step of it, and the theorem
-# says that no further training will help.
+# {glue:text}`train_apart_linear:.3f` of the variance. It has learnt gradient descent, one step of it, and by the
+# theorem no other single step is better.
 # The layer with an exact solver misses {glue:text}`train_icl_exact:.4f`. The delta rule is between them, at
 # {glue:text}`train_icl_delta:.3f`: it also takes one step a pair, but each from where the last one ended.
 #
-# Its layer is as near to an untrained pass of the delta rule ({glue:text}`train_apart_delta:.3f`).
+# The trained layer of the delta rule is as near to an untrained pass of it ({glue:text}`train_apart_delta:.3f`).
 #
 # Softmax attention with one head misses {glue:text}`train_icl_softmax:.3f`, worse than linear attention. An average of
-# values cannot leave their range, and cannot point away from a key with a negative weight. That is not all: the untrained
+# values cannot leave their range, and it cannot give a pair a negative weight. That is not all: the untrained
 # kernel average misses {glue:text}`train_kernel_found:.3f`, so this short training at an untuned rate has not found the
 # best that the design has. Two heads can take a difference of two averages, and {doc}`/notebooks/study` trains those.
 #
@@ -503,7 +503,7 @@ record("train_rate_high", losses["delta_net", rates[-1]].mean(), atol=0.3)
 # differentiate. One exponential is gone, the others and the polynomial keep their form, and by Rolle's theorem the
 # derivative has at least as many zeros as $f$, less one.
 # After $J$ such steps a polynomial of degree one is left, or of degree zero if $J = K$, times an exponential.
-# So $f$ has at most $K$ zeros, and a change of sign takes a zero.
+# So $f$ has at most $K$ zeros or is zero throughout, and a change of sign takes a zero.
 # ```
 #
 # A run of $K + 2$ ones is thus answered wrongly somewhere, in exact arithmetic, by every linear readout.
@@ -540,7 +540,7 @@ for beta, most in ((2.0, T - 1), (1.0, 0), (0.5, 0)):
 # %% [markdown]
 # Will training find the reflection? One layer reads $12$ bits in training and is tested on $24$.
 # The five models differ in their memory and in nothing else.
-# Three of them are out before training starts: what they answer does not depend on the order of the past.
+# Three of them have a handicap before training starts: what they answer does not depend on the order of the past.
 
 # %%
 q, k, v = randn(1, 20, 1, 6), randn(1, 20, 1, 6), randn(1, 20, 1, 3)
@@ -582,7 +582,7 @@ with torch.no_grad():
         for key, runs in tracked.items()
     }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Accuracy of parity by position, after training on twelve bits (dotted line); lines are means over seeds, bands run from the worst to the best seed. With step sizes up to two the delta rule is right everywhere, also beyond the training length. With step sizes up to one it is right on the first bits and guesses afterwards, as do linear attention, softmax attention and least squares.", "name": "train-fig-parity"}, "image": {"alt": "Accuracy against position for five memories. One line stays at one. The other four start near one and fall to one half within a few bits."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Accuracy of parity by position, after training on twelve bits (dotted line); lines are means over seeds, bands run from the worst to the best seed. With step sizes up to two the delta rule is right everywhere, also beyond the training length. With step sizes up to one it is right on the first bit and soon guesses, as do linear attention, softmax attention and least squares.", "name": "train-fig-parity"}, "image": {"alt": "Accuracy against position for five memories. One line stays at one. The other four start at one and fall to about one half within a few bits."}}
 figure, axes = plt.subplots(figsize=(7.4, 3.8))
 looks = dict(zip(trackers, ["o-", "s-", "v--", "^:", "D-."], strict=True))
 for key, accuracy in by_position.items():
@@ -652,8 +652,8 @@ record("train_recall_exact", recall_accuracy["recursive_least_squares"].mean(), 
 # %% [markdown]
 # Softmax attention recalls {glue:text}`train_recall_softmax:.2f`, linear attention {glue:text}`train_recall_linear:.2f`,
 # the delta rule {glue:text}`train_recall_delta:.2f`, least squares {glue:text}`train_recall_exact:.2f`.
-# The last three have room for half of the pairs, and this short training has not used all of it. The ranking among them
-# says nothing: their seeds differ as much as they do.
+# The last three have room for half of the pairs, and this short training has not used all of it. With so few seeds, and
+# no rate tuned, the ranking among them says nothing.
 #
 # ## The three jobs together
 #
@@ -675,7 +675,7 @@ scores = torch.stack(
     dim=1,
 )  # memories, jobs, seeds
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Three jobs, four memories, one layer each with the same number of parameters up to a few per cent; step sizes reach two. Written is the mean over seeds and below it the lowest and the highest seed. No row is dark throughout: softmax attention recalls, the delta rule tracks, least squares learns in context, and linear attention is first at nothing.", "name": "train-fig-jobs"}, "image": {"alt": "A table of coloured cells, four memories by three jobs. The darkest cells are softmax attention for recall, the delta rule for parity, and least squares for regression."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Three jobs, four memories, one layer each with the same number of parameters up to a few per cent; in state tracking step sizes reach two. Written is the mean over seeds and below it the lowest and the highest seed. No row is dark throughout: softmax attention recalls, the delta rule tracks, least squares learns in context, and linear attention is first at nothing.", "name": "train-fig-jobs"}, "image": {"alt": "A table of coloured cells, four memories by three jobs. The darkest cells are softmax attention for recall, the delta rule for parity, and least squares for regression."}}
 figure, axes = plt.subplots(figsize=(7.4, 4.0))
 mean, low, high = scores.mean(-1), scores.amin(-1), scores.amax(-1)
 axes.imshow(mean, cmap="cividis_r", vmin=0, vmax=1.05, aspect="auto")
@@ -881,8 +881,8 @@ print(f"{len(runs)} runs; the first is {runs[0].design} at {runs[0].learning_rat
 #
 # ## Limits
 #
-# The estimators of this chapter are one family. A ridge that grows turns least squares into a gradient step, so does a
-# step size that shrinks the delta rule, and with orthonormal keys nothing is left to tell them apart.
+# Three estimators of this chapter are one family. A growing ridge turns least squares into a gradient step. A shrinking
+# step size does the same to the delta rule. With orthonormal keys nothing is left to tell the three apart.
 
 # %%
 x, y, query, _ = sequences(4, 6)
@@ -1019,8 +1019,8 @@ assert_close(y.flatten(), torch.cos(2 * angle * bits.cumsum(0)))  # 1 at multipl
 # :class: dropdown
 # ```
 #
-# The best of four exchangeable scores is among the new memory's three with probability $3/4$, whatever their
-# distribution.
+# Where no two scores are equal, the best of four exchangeable ones is among the new memory's three with probability
+# $3/4$, whatever their distribution.
 
 # %%
 scores_of_four = randn(20_000, 4)
